@@ -1,0 +1,132 @@
+"""The one line that users write: `accelerate`, and its counterparts `explain` and `restore`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import TypeVar
+
+from torch import nn
+
+import fastseq.nn
+from fastseq.dynamo import allow_rnn
+from fastseq.registry import OPS
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# torch's module, ours, and the op that serves it.
+_DROP_INS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
+    nn.LSTM: (fastseq.nn.LSTM, "lstm"),
+}
+_ORIGINALS = {ours: (theirs, op) for theirs, (ours, op) in _DROP_INS.items()}
+
+
+def accelerate(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Model:
+    """Makes the sequence layers of a model fast, in place.
+
+    Layers whose exact type has a drop-in get the drop-in's class. Parameters, buffers, hooks, optimizers and the
+    `state_dict` stay the same objects with the same names; results are equal within the stated tolerances.
+
+    torch.compile refuses every nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set: this call sets
+    it if it changes any such layer, since the drop-ins compile into one node.
+
+    Args:
+        model: any module; it may itself be a layer.
+        filter_fn: called with (module, name) for each layer that could be changed; it is left alone unless this is true.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    _require_module(model, "accelerate")
+    for name, module in model.named_modules():
+        drop_in = _DROP_INS.get(type(module))
+        if drop_in is not None and (filter_fn is None or filter_fn(module, name)):
+            module.__class__ = drop_in[0]
+            if isinstance(module, nn.RNNBase):
+                allow_rnn()
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Gives every layer that `accelerate` changed its torch class back, in place, and returns the model."""
+    _require_module(model, "restore")
+    for module in model.modules():
+        original = _ORIGINALS.get(type(module))
+        if original is not None:
+            module.__class__ = original[0]
+    return model
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer in an explanation: its name in the model, its class, what serves it, and what there is to say."""
+
+    layer: str
+    type: str
+    served_by: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What serves each sequence layer of a model. `print` it for a table."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        if not self.rows:
+            return "no sequence layers that fastseq knows"
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("layer", "type", "served by", "note"):
+            table.add_column(column, overflow="fold")
+        for row in self.rows:
+            table.add_row(row.layer, row.type, row.served_by, row.note)
+        out = StringIO()
+        Console(file=out, width=120).print(table)
+        return out.getvalue().rstrip()
+
+
+def explain(model: nn.Module) -> Explanation:
+    """For each sequence layer of a model: which implementation serves it on its device and dtype, or why none does."""
+    _require_module(model, "explain")
+    rows = []
+    for name, module in model.named_modules():
+        base = next((theirs for theirs in _DROP_INS if isinstance(module, theirs)), None)
+        if base is not None:
+            served_by, note = _serving(module, base)
+            rows.append(Row(name or "(the model)", type(module).__qualname__, served_by, note))
+    return Explanation(rows)
+
+
+def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
+    ours, op_name = _DROP_INS[base]
+    if type(module) is base:
+        return "torch", "not accelerated; fastseq.accelerate(model) changes that"
+    if not isinstance(module, ours):
+        return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
+    assert isinstance(module, fastseq.nn.LSTM)
+    weight = next(module.parameters())
+    op, device, dtype = OPS[op_name], weight.device.type, weight.dtype
+    reason = module.why_torch()
+    if module.proj_size > 0:
+        return "torch", reason or ""
+    chosen = op.candidates(device, dtype)[0]
+    passed_over = [
+        f"{impl.name}: {why}"
+        for impl in op.impls[: op.impls.index(chosen)]
+        if (why := op.reason_against(impl, device, dtype)) is not None
+    ]
+    if reason is not None:
+        return "torch", "; ".join(passed_over)
+    return chosen.name, "; ".join(["packed input and autocast take torch's path", *passed_over])
+
+
+def _require_module(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastseq.{function}: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,1 @@
+"""numba kernels for CPUs without a C++ compiler, one file per op."""
