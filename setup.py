@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # torch 2.10 is the oldest torch whose stable ABI has all that the sources use.
-ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # GCC contracts a*b+c into one FMA by itself only outside of strict ISO mode.
 CPU_FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 

@@ -70,6 +70,8 @@ class Impl:
     @cached_property
     def kernel(self) -> Kernel:
         if self.is_native:
+            if (reason := native.unavailable()) is not None:
+                raise BackendError(f"{self.target}: {reason}")
             op = self.target.removeprefix("fastseq_native::")
             namespace = torch.ops.fastseq_native
             return _NativeKernel(

@@ -1,0 +1,208 @@
+"""One race: fastseq and its peers on one case, first compared, then timed.
+
+Machines are shared and drift, so fastseq and the peers that run in torch take turns, round by round (A B A
+B). Peers whose threads go on spinning after a call are timed on their own in the middle, between two halves
+of those turns. A peer's time is the median over its rounds; its ratio is that time over fastseq's.
+"""
+
+import copy
+import gc
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from peers import FASTSEQ, AbsentError, Call, Job, Peer, exact
+from roofline import Roofline
+from torch import nn
+
+import fastseq
+
+MODES = ("inference", "training")
+
+# Long enough for the clock, and for the caches to hold the caller's own data.
+ROUND_S = 2e-3
+WARM_UP_S = 0.05
+# What the threads of a peer that was dropped need to end.
+SETTLE_S = 0.05
+
+# Sums of up to T*B terms in another order than the exact ones: relative to the largest element of a tensor.
+RTOL, ATOL = 1e-4, 2e-5
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time each peer gets for a case, and the limits to its rounds."""
+
+    seconds: float
+    least_rounds: int
+    most_rounds: int
+
+    def rounds(self, contestants: Sequence["Contestant"]) -> int:
+        """How many rounds to run with these contestants."""
+        fitting = int(self.seconds * len(contestants) / sum(c.round_seconds for c in contestants))
+        return min(max(fitting, self.least_rounds), self.most_rounds)
+
+
+FULL = Effort(seconds=1.5, least_rounds=5, most_rounds=300)
+SMOKE = Effort(seconds=0, least_rounds=1, most_rounds=1)
+
+
+@dataclass
+class Outcome:
+    """What a race found: median seconds a call by name, why others were absent, and the floor in seconds."""
+
+    mode: str
+    case: str
+    served_by: str
+    floor: float | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Each peer's time over fastseq's: above 1, fastseq is faster."""
+        ours = self.seconds[FASTSEQ.name]
+        return {name: theirs / ours for name, theirs in self.seconds.items() if name != FASTSEQ.name}
+
+    @property
+    def roofline_fraction(self) -> float | None:
+        return None if self.floor is None else self.floor / self.seconds[FASTSEQ.name]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A call that was found right and is warm, looped so that a round takes at least ROUND_S."""
+
+    call: Call
+    loops: int
+    round_seconds: float
+
+    def time(self) -> float:
+        """Runs one round and returns its seconds a call."""
+        return clock(self.call, self.loops) / self.loops
+
+
+def clock(call: Call, loops: int) -> float:
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return time.perf_counter() - start
+
+
+def race(
+    benchmark: Any,
+    mode: str,
+    case: Any,
+    peers: Sequence[Peer],
+    threads: int,
+    effort: Effort,
+    roofline: Roofline | None,
+) -> Outcome | None:
+    """Races fastseq against its peers on a case.
+
+    Args:
+        benchmark: pytest-benchmark's fixture. It times fastseq's rounds, so its statistics are of the very
+            turns that the ratios come from.
+        mode: one of MODES.
+        case: has `layer()`, `input()`, `output_grad()`, `flops(training)`, `traffic(training)` and a name.
+        peers: those to race against.
+        threads: the threads that everyone gets.
+        effort: how much to run.
+        roofline: the machine's rates, if they are known.
+
+    Returns:
+        The outcome, or None if pytest-benchmark is told not to time anything.
+
+    Raises:
+        AssertionError: someone's results are wrong.
+    """
+    training = mode == "training"
+    job = Job(case.layer(), case.input(), case.output_grad() if training else None, threads)
+    floor = roofline.floor(case.flops(training), case.traffic(training)) if roofline else None
+    outcome = Outcome(mode, str(case), served_by(job.layer), floor)
+    with torch.set_grad_enabled(training):
+        expected = exact(job)
+        ours = enter(FASTSEQ, job, expected)
+        others: dict[str, Contestant] = {}
+        for peer in peers:
+            if not peer.alone:
+                with noting_absence(outcome, peer):
+                    others[peer.name] = enter(peer, job, expected)
+        times: dict[str, list[float]] = {name: [] for name in others}
+        rounds = effort.rounds([ours, *others.values()])
+
+        def turns_of_others() -> Iterator[None]:
+            for turn in range(rounds):
+                for name, other in others.items():
+                    times[name].append(other.time())
+                if turn == (rounds - 1) // 2:
+                    for peer in peers:
+                        if peer.alone:
+                            with noting_absence(outcome, peer):
+                                times[peer.name] = time_alone(peer, job, expected, effort)
+                yield
+
+        turns = turns_of_others()
+        benchmark.pedantic(
+            ours.call, rounds=rounds, iterations=ours.loops, teardown=lambda: next(turns, None)
+        )
+    if benchmark.stats is None:
+        return None
+    outcome.seconds[FASTSEQ.name] = benchmark.stats.stats.median
+    outcome.seconds.update({name: median(rounds_of) for name, rounds_of in times.items()})
+    return outcome
+
+
+def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
+    """Prepares a peer's call, compares its results with the expected ones, warms it up and finds its loops.
+
+    Raises:
+        AbsentError: the peer cannot do it.
+        AssertionError: its results are wrong.
+    """
+    call = peer.call(job)
+    names = ["y", "dx", *(f"d{name}" for name, _ in job.layer.named_parameters())]
+    results = call()
+    for name, got, want in zip(names[: len(expected)], results, expected, strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(got).to(want.dtype),
+            want,
+            rtol=RTOL,
+            atol=ATOL * max(1.0, want.abs().max().item()),
+            msg=lambda text, name=name: f"{peer.name}: {name} is wrong. {text}",
+        )
+    loops, seconds = 1, clock(call, 1)
+    warm_until = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < warm_until:
+        seconds = min(seconds, clock(call, loops) / loops)
+        loops = math.ceil(ROUND_S / seconds)
+    return Contestant(call, loops, loops * seconds)
+
+
+def time_alone(peer: Peer, job: Job, expected: Sequence[torch.Tensor], effort: Effort) -> list[float]:
+    """Seconds a call of each of its rounds; the peer and its threads are gone afterwards."""
+    contestant = enter(peer, job, expected)
+    times = [contestant.time() for _ in range(effort.rounds([contestant]))]
+    del contestant
+    gc.collect()
+    time.sleep(SETTLE_S)
+    return times
+
+
+@contextmanager
+def noting_absence(outcome: Outcome, peer: Peer) -> Iterator[None]:
+    try:
+        yield
+    except AbsentError as absent:
+        outcome.absent[peer.name] = str(absent)
+
+
+def served_by(layer: nn.Module) -> str:
+    """The implementations that serve fastseq's copy of a layer; one that took torch's own path must show."""
+    rows = fastseq.explain(fastseq.accelerate(copy.deepcopy(layer))).rows
+    return ", ".join(sorted({row.served_by for row in rows}))

@@ -1,0 +1,121 @@
+"""The tables at the end of a run."""
+
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+from statistics import geometric_mean
+
+from peers import FASTSEQ, PEERS
+from race import MODES, Outcome
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fastseq import native
+
+WIDTH = 120
+BEST = "the best peer"
+PACKAGES = ("fastseq", "torch", "onnxruntime", "openvino")
+
+
+def render(outcomes: Sequence[Outcome], threads: int, roofline: str, color: bool) -> str:
+    """A table of the cases and one of the means for each mode, then what they were measured on.
+
+    Args:
+        outcomes: of all races.
+        threads: the threads that everyone had.
+        roofline: the machine's rates in words, or why there are none.
+        color: whether the terminal shows colors.
+    """
+    out = StringIO()
+    console = Console(file=out, width=WIDTH, force_terminal=color, highlight=False)
+    for mode in MODES:
+        of_mode = [outcome for outcome in outcomes if outcome.mode == mode]
+        if of_mode:
+            console.print(f"[bold]{mode}[/]: time of each peer over fastseq's (above 1: fastseq is faster)")
+            console.print(_cases(of_mode))
+            console.print(_means(of_mode))
+    console.print(f"{_machine()}, {threads} threads; {_versions()}; commit {_commit()}", soft_wrap=True)
+    served_by = ", ".join(sorted({outcome.served_by for outcome in outcomes}))
+    console.print(f"fastseq's layers served by {served_by} ({native.instruction_set()}); roofline {roofline}")
+    return out.getvalue().rstrip()
+
+
+def _cases(outcomes: Sequence[Outcome]) -> Table:
+    peers = _present(outcomes)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("case", no_wrap=True)
+    for column in ("fastseq ms", *peers, "of roofline"):
+        table.add_column(column, justify="right", overflow="fold")
+    for outcome in outcomes:
+        ratios = outcome.ratios
+        cells = [_ratio(ratios[p]) if p in ratios else outcome.absent.get(p, "-") for p in peers]
+        fraction = outcome.roofline_fraction
+        table.add_row(
+            outcome.case,
+            f"{outcome.seconds[FASTSEQ.name] * 1e3:.3f}",
+            *cells,
+            "-" if fraction is None else f"{fraction:.0%}",
+        )
+    return table
+
+
+def _means(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("against", no_wrap=True)
+    for column in ("geometric mean", "cases", "smallest"):
+        table.add_column(column, justify="right")
+    table.add_column("at", no_wrap=True)
+    for name in [*_present(outcomes), BEST]:
+        ratios = {o.case: r for o in outcomes if (r := _against(name, o)) is not None}
+        if ratios:
+            worst = min(ratios, key=lambda case: ratios[case])
+            mean = geometric_mean(ratios.values())
+            table.add_row(name, _ratio(mean), str(len(ratios)), _ratio(ratios[worst]), worst)
+    return table
+
+
+def _against(name: str, outcome: Outcome) -> float | None:
+    if name == BEST:
+        return min(outcome.ratios.values(), default=None)
+    return outcome.ratios.get(name)
+
+
+def _present(outcomes: Sequence[Outcome]) -> list[str]:
+    """The peers that raced, or gave a reason for not racing, in the order of the table of peers."""
+    named = {name for outcome in outcomes for name in (*outcome.ratios, *outcome.absent)}
+    return [peer.name for peer in PEERS if peer.name in named]
+
+
+def _ratio(ratio: float) -> str:
+    return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]"
+
+
+def _machine() -> str:
+    from cpuinfo import get_cpu_info  # pytest-benchmark's own source for this; takes a second
+
+    return get_cpu_info().get("brand_raw", "an unknown CPU")
+
+
+def _versions() -> str:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,11 @@
+// The standard headers that the kernels use. Included before an instruction set is switched on: the linker may keep any
+// source's copy of their inline functions, so none may need more than the oldest machine has.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>

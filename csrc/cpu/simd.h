@@ -1,0 +1,170 @@
+// Vectors, and the gates' functions on them, for the instruction set that the including source was compiled for.
+//
+// One text serves every instruction set: the compiler's vector extensions and its contraction of a*b+c into FMA stand in
+// for intrinsics. Each source in cpu/isa/ includes the kernels once, under its own namespace, so that the linker can
+// never mix code of two instruction sets.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if !defined(FASTSEQ_ISA) || !defined(FASTSEQ_VECTOR_BYTES)
+#error "include the kernels through one of the sources in cpu/isa/"
+#endif
+
+#define FASTSEQ_INLINE inline __attribute__((always_inline))
+
+namespace fastseq::FASTSEQ_ISA {
+
+template <typename T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  using Int = int32_t;
+  static constexpr int kLanes = FASTSEQ_VECTOR_BYTES / 4;
+  typedef float Vec __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int32_t IntVec __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+};
+
+template <>
+struct Simd<double> {
+  using Int = int64_t;
+  static constexpr int kLanes = FASTSEQ_VECTOR_BYTES / 8;
+  typedef double Vec __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int64_t IntVec __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+};
+
+template <typename T>
+using Vec = typename Simd<T>::Vec;
+template <typename T>
+constexpr int kLanes = Simd<T>::kLanes;
+
+template <typename T>
+FASTSEQ_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename T>
+FASTSEQ_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes; the others read as zero and are not touched in memory.
+template <typename T>
+FASTSEQ_INLINE Vec<T> load(const T* p, int n) {
+  if (n == kLanes<T>) return load(p);
+  T lanes[kLanes<T>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <typename T>
+FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
+  if (n == kLanes<T>) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+template <typename T>
+FASTSEQ_INLINE T sum(Vec<T> v) {
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
+  return total;
+}
+
+// expm1(x) = 2^n expm1(r) + (2^n - 1) with x = n ln2 + r and |r| <= ln2/2. The polynomial for (expm1(r) - r) / r^2
+// interpolates at Chebyshev nodes; its relative error in expm1(r) is in the comment.
+template <typename T>
+struct Expm1;
+
+template <>
+struct Expm1<float> {  // 2.4e-8
+  static constexpr float kCoefficients[] = {0.5f, 0.166665768513f, 0.0416665544424f, 0.00836320297204f,
+                                            0.00139262134718f};
+  static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kLimit = 87.0f;  // exp stays finite and normal within +-kLimit
+};
+
+template <>
+struct Expm1<double> {  // 4.1e-17
+  static constexpr double kCoefficients[] = {
+      0.50000000000000010262, 0.16666666666666667456, 0.041666666666623991516,
+      0.0083333333333300513464, 0.0013888888917281793308, 0.00019841269863105968748,
+      0.000024801521190217727651, 2.7557268378684192873e-6, 2.7620138719733995569e-7,
+      2.5100424157005066788e-8};
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kLimit = 708.0;
+};
+
+// The parts of expm1(x): `scale` = 2^n and `part` = expm1(r). NaN stays NaN in `part`; |x| must be within kLimit.
+template <typename T>
+FASTSEQ_INLINE void expm1_parts(Vec<T> x, Vec<T>& scale, Vec<T>& part) {
+  using C = Expm1<T>;
+  using IntVec = typename Simd<T>::IntVec;
+  constexpr T kLog2E = T(1.44269504088896340736);
+  constexpr int kDegree = sizeof(C::kCoefficients) / sizeof(T) - 1;
+  const Vec<T> shifted = x * kLog2E + C::kRound;
+  const Vec<T> n = shifted - C::kRound;
+  const Vec<T> r = (x - n * C::kLn2High) - n * C::kLn2Low;
+  Vec<T> q = C::kCoefficients[kDegree] - Vec<T>{};
+  for (int i = kDegree - 1; i >= 0; --i) q = q * r + C::kCoefficients[i];
+  part = (r * r) * q + r;
+  IntVec bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + typename Simd<T>::Int(C::kBias)) << C::kMantissa;
+  memcpy(&scale, &bits, sizeof scale);
+}
+
+// Comparisons with NaN are false, so NaN passes through.
+template <typename T>
+FASTSEQ_INLINE Vec<T> clamp(Vec<T> x, T limit) {
+  const Vec<T> high = limit - Vec<T>{}, low = -high;
+  x = x > high ? high : x;
+  return x < low ? low : x;
+}
+
+// Within 3 ulp of the exact value where that is at least exp(-kLimit).
+template <typename T>
+FASTSEQ_INLINE Vec<T> sigmoid(Vec<T> x) {
+  Vec<T> scale, part;
+  expm1_parts<T>(clamp<T>(-x, Expm1<T>::kLimit), scale, part);
+  return T(1) / (scale * part + (scale + T(1)));
+}
+
+// Within 4 ulp of the exact value, small arguments included: nothing cancels.
+template <typename T>
+FASTSEQ_INLINE Vec<T> tanh(Vec<T> x) {
+  Vec<T> scale, part;
+  expm1_parts<T>(clamp<T>(x + x, T(sizeof(T) == 4 ? 20 : 40)), scale, part);
+  const Vec<T> e = scale * part + (scale - T(1));
+  return e / (e + T(2));
+}
+
+// Alternates the lanes of a and b, taken from their first halves or from their second ones.
+template <typename T, bool kHigh, std::size_t... I>
+FASTSEQ_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (kHigh * kLanes<T> / 2 + I / 2 + I % 2 * kLanes<T>)...);
+}
+
+// Transposes a square of kLanes x kLanes: as many perfect shuffles of its rows as halvings lead to one row.
+template <typename T>
+FASTSEQ_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  constexpr auto lanes = std::make_index_sequence<n>{};
+  for (int width = n; width > 1; width /= 2) {
+    Vec<T> shuffled[n];
+    for (int i = 0; i < n / 2; ++i) {
+      shuffled[2 * i] = interleave<T, false>(rows[i], rows[i + n / 2], lanes);
+      shuffled[2 * i + 1] = interleave<T, true>(rows[i], rows[i + n / 2], lanes);
+    }
+    for (int i = 0; i < n; ++i) rows[i] = shuffled[i];
+  }
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

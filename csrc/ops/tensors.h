@@ -1,0 +1,53 @@
+// What the registrations of all ops need of torch's stable ABI.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "cpu/lstm.h"
+
+namespace fastseq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A new contiguous CPU tensor, uninitialised.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  const int32_t type = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, type,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline void check(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype, "lstm: ", name, " must be on the CPU and have x's dtype");
+  bool same = t.dim() == int64_t(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(int64_t(i)) == sizes.begin()[i];
+  STD_TORCH_CHECK(same, "lstm: ", name, " has the wrong shape");
+}
+
+// A tensor with elements in order in the last dimension, and in all of them unless `rows` will do.
+inline Tensor laid_out(const Tensor& t, bool rows = false) {
+  const bool fine = rows ? t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1 : t.is_contiguous();
+  return fine ? t : torch::stable::contiguous(t);
+}
+
+inline Threads threads() {
+  return {int(torch::stable::get_num_threads()), [](int count, void (*body)(void*), void* context) {
+            if (count == 1) return body(context);
+            torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { body(context); });
+          }};
+}
+
+}  // namespace fastseq
