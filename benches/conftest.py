@@ -36,8 +36,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # Here and not in pyproject.toml, so that a plain `pytest` finds no benches.
-    config.addinivalue_line("python_files", "bench_*.py")
     config.stash[OUTCOMES] = []
     config.stash[ROOFLINE] = "not measured"
     unknown = set(_peer_names(config)) - {peer.name for peer in PEERS}

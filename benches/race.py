@@ -1,13 +1,16 @@
 """One race: fastseq and its peers on one case, first compared, then timed.
 
-Machines are shared and drift, so fastseq and the peers that run in torch take turns, round by round (A B A
-B). Peers whose threads go on spinning after a call are timed on their own in the middle, between two halves
-of those turns. A peer's time is the median over its rounds; its ratio is that time over fastseq's.
+Machines are shared and drift, so fastseq and the peers that run in torch take turns, round by round, with
+the same number of calls in a round. Their order within a round is random: with a fixed one, the time slices
+of other programs can fall into step with the turns and always hit the same one. Peers whose threads go on
+spinning after a call are timed on their own in the middle, between two halves of those turns. A peer's time
+is the median over its rounds; its ratio is that time over fastseq's.
 """
 
 import copy
 import gc
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ MODES = ("inference", "training")
 
 # Long enough for the clock, and for the caches to hold the caller's own data.
 ROUND_S = 2e-3
+WARM_UP_CALLS = 3
 WARM_UP_S = 0.05
 # What the threads of a peer that was dropped need to end.
 SETTLE_S = 0.05
@@ -42,10 +46,11 @@ class Effort:
     least_rounds: int
     most_rounds: int
 
-    def rounds(self, contestants: Sequence["Contestant"]) -> int:
-        """How many rounds to run with these contestants."""
-        fitting = int(self.seconds * len(contestants) / sum(c.round_seconds for c in contestants))
-        return min(max(fitting, self.least_rounds), self.most_rounds)
+    def plan(self, contestants: Sequence["Contestant"]) -> tuple[int, int]:
+        """How many rounds to run with these contestants, and how many calls each makes in a round."""
+        loops = math.ceil(ROUND_S / min(c.seconds for c in contestants))
+        fitting = int(self.seconds * len(contestants) / (loops * sum(c.seconds for c in contestants)))
+        return min(max(fitting, self.least_rounds), self.most_rounds), loops
 
 
 FULL = Effort(seconds=1.5, least_rounds=5, most_rounds=300)
@@ -76,22 +81,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A call that was found right and is warm, looped so that a round takes at least ROUND_S."""
+    """A call that was found right and is warm, and about how many seconds it takes."""
 
     call: Call
-    loops: int
-    round_seconds: float
-
-    def time(self) -> float:
-        """Runs one round and returns its seconds a call."""
-        return clock(self.call, self.loops) / self.loops
+    seconds: float
 
 
 def clock(call: Call, loops: int) -> float:
+    """Runs a round of so many calls and returns its seconds a call."""
     start = time.perf_counter()
     for _ in range(loops):
         call()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / loops
 
 
 def race(
@@ -134,23 +135,26 @@ def race(
                 with noting_absence(outcome, peer):
                     others[peer.name] = enter(peer, job, expected)
         times: dict[str, list[float]] = {name: [] for name in others}
-        rounds = effort.rounds([ours, *others.values()])
+        rounds, loops = effort.plan([ours, *others.values()])
+        shuffle = random.Random(0)
 
         def turns_of_others() -> Iterator[None]:
+            """Yields where it is fastseq's turn."""
             for turn in range(rounds):
-                for name, other in others.items():
-                    times[name].append(other.time())
+                for name in shuffle.sample([FASTSEQ.name, *others], 1 + len(others)):
+                    if name == FASTSEQ.name:
+                        yield
+                    else:
+                        times[name].append(clock(others[name].call, loops))
                 if turn == (rounds - 1) // 2:
                     for peer in peers:
                         if peer.alone:
                             with noting_absence(outcome, peer):
                                 times[peer.name] = time_alone(peer, job, expected, effort)
-                yield
 
         turns = turns_of_others()
-        benchmark.pedantic(
-            ours.call, rounds=rounds, iterations=ours.loops, teardown=lambda: next(turns, None)
-        )
+        next(turns)
+        benchmark.pedantic(ours.call, rounds=rounds, iterations=loops, teardown=lambda: next(turns, None))
     if benchmark.stats is None:
         return None
     outcome.seconds[FASTSEQ.name] = benchmark.stats.stats.median
@@ -159,7 +163,7 @@ def race(
 
 
 def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
-    """Prepares a peer's call, compares its results with the expected ones, warms it up and finds its loops.
+    """Prepares a peer's call, compares its results with the expected ones and warms it up.
 
     Raises:
         AbsentError: the peer cannot do it.
@@ -176,18 +180,18 @@ def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
             atol=ATOL * max(1.0, want.abs().max().item()),
             msg=lambda text, name=name: f"{peer.name}: {name} is wrong. {text}",
         )
-    loops, seconds = 1, clock(call, 1)
+    tries = [clock(call, 1) for _ in range(WARM_UP_CALLS)]
     warm_until = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < warm_until:
-        seconds = min(seconds, clock(call, loops) / loops)
-        loops = math.ceil(ROUND_S / seconds)
-    return Contestant(call, loops, loops * seconds)
+        tries.append(clock(call, 1))
+    return Contestant(call, min(tries))
 
 
 def time_alone(peer: Peer, job: Job, expected: Sequence[torch.Tensor], effort: Effort) -> list[float]:
     """Seconds a call of each of its rounds; the peer and its threads are gone afterwards."""
     contestant = enter(peer, job, expected)
-    times = [contestant.time() for _ in range(effort.rounds([contestant]))]
+    rounds, loops = effort.plan([contestant])
+    times = [clock(contestant.call, loops) for _ in range(rounds)]
     del contestant
     gc.collect()
     time.sleep(SETTLE_S)

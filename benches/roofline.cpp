@@ -21,7 +21,8 @@ constexpr int VECTOR_BYTES = 16;
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int LANES = VECTOR_BYTES / sizeof(float);
 
-// Two FMA units with a latency of 4 or 5 cycles need 8 to 10 independent sums; 12 and two factors fit in 16 registers.
+// Two FMA units with a latency of 4 or 5 cycles need 8 to 10 independent sums; 12 and two operands fit in 16
+// registers.
 constexpr int SUMS = 12;
 // Two loads a cycle, each followed by an addition of latency 3 or 4.
 constexpr int STREAMS = 8;
@@ -63,8 +64,8 @@ double multiply_add() {
     return flops / elapsed;
 }
 
-// Bytes per second of one thread that reads its buffer over and over. The sums go on from one pass to the next, and
-// float addition has an order: no pass can be left out.
+// Bytes per second of one thread that reads its buffer over and over. The sums go on from one pass to the next,
+// and float addition has an order: no pass can be left out.
 double read(const std::vector<Vector>& buffer) {
     const size_t bytes = buffer.size() * sizeof(Vector);
     Vector sums[STREAMS] = {};

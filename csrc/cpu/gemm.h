@@ -2,8 +2,8 @@
 //
 // The right-hand matrix is packed into panels of two vectors of columns, [K][2][lanes] each, so that the inner loop
 // reads it in one stream. The left-hand matrix stays as it is, [rows][K]. A tile keeps kRows x 2 (or, for up to three rows,
-// kRows x 4) vectors of results in registers over the whole of K; every element is one chain of FMAs in the order of k, so
-// that a result does not depend on how rows and columns are shared out to threads.
+// kRows x 4) vectors of sums in registers. The sums of one or two panels over some rows go to a small buffer that stays in
+// the L1 cache; what becomes of them (gates, a stored product) is the caller's epilogue.
 #pragma once
 #include <algorithm>
 
@@ -76,6 +76,14 @@ void pack_rows(const Columns<T>& columns, int64_t begin, int64_t end, const Rows
   }
 }
 
+// A packed matrix of K rows.
+template <typename T>
+struct Packed {
+  const T* data;
+  int64_t K;
+  const T* panel(int64_t q) const { return data + q * K * kPanel<T>; }
+};
+
 // The left-hand matrix: [rows][K] with a stride between rows, or packed in tiles of kTileRows as [K][kTileRows].
 template <typename T>
 struct Left {
@@ -83,130 +91,117 @@ struct Left {
   int64_t stride;
 };
 
-// What a product starts from: zeros, a bias per column (packed as one row of the panels), or what the result holds.
-template <typename T>
-struct Start {
-  enum Kind { kZero, kBias, kResult };
-  Kind kind;
-  const T* bias = nullptr;
-};
-
-template <typename T>
-struct Product {
-  int64_t K;               // length of the sums
-  const T* packed;         // panel p starts at packed + p * panel_stride
-  int64_t panel_stride;
-  Columns<T> columns;
-  T* result;               // [rows][columns], rows `result_stride` apart
-  int64_t result_stride;
-  Start<T> start;
-};
-
+// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, the second `panel_stride` behind the first. Fetches what is at
+// `ahead` into the L2 cache on the way, where that is not null.
 template <typename T, int kRows, int kPanels, bool kPackedLeft>
-FASTSEQ_INLINE void tile(const Product<T>& p, Left<T> left, int64_t panel, int64_t row) {
+FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width, bool add,
+                         const T* ahead) {
   constexpr int kVectors = kPanels * kPanelVectors;
   // One row alone has too few sums to hide the latency: even and odd k are summed apart.
   constexpr int kSplit = kRows == 1 ? 2 : 1;
-  Vec<T> sums[kSplit][kRows][kVectors];
-  const T* weights = p.packed + panel * p.panel_stride;
-  T* result = p.result + row * p.result_stride;
-  const T* a = left.data + (kPackedLeft ? 0 : row * left.stride);
-
-  for (int j = 0; j < kVectors; ++j) {
-    const int64_t q = panel + j / 2;
-    const int lanes = p.columns.lanes(q, j % 2);
-    for (int i = 0; i < kRows; ++i) {
-      if (p.start.kind == Start<T>::kZero)
-        sums[0][i][j] = Vec<T>{};
-      else if (p.start.kind == Start<T>::kBias)
-        sums[0][i][j] = load(p.start.bias + q * kPanel<T> + j % 2 * kLanes<T>);
-      else
-        sums[0][i][j] = load(result + i * p.result_stride + p.columns.first(q, j % 2), lanes);
-      for (int s = 1; s < kSplit; ++s) sums[s][i][j] = Vec<T>{};
-    }
-  }
-
+  Vec<T> acc[kSplit][kRows][kVectors] = {};
   const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
+    if constexpr (kRows > kWideRows) __builtin_prefetch(ahead + k * kPanel<T>, 0, 2);
     Vec<T> w[kVectors];
-    for (int j = 0; j < kVectors; ++j)
-      w[j] = load(weights + (j / 2) * p.panel_stride + k * kPanel<T> + j % 2 * kLanes<T>);
+    for (int j = 0; j < kVectors; ++j) w[j] = load(panel + j / 2 * panel_stride + k * kPanel<T> + j % 2 * kLanes<T>);
     for (int i = 0; i < kRows; ++i) {
-      const T value = kPackedLeft ? a[k * kTileRows + i] : a[i * left.stride + k];
-      for (int j = 0; j < kVectors; ++j) sums[s][i][j] += w[j] * value;
+      const T value = kPackedLeft ? left.data[k * kTileRows + i] : left.data[i * left.stride + k];
+      for (int j = 0; j < kVectors; ++j) acc[s][i][j] += w[j] * value;
     }
   };
   int64_t k = 0;
-  for (; k + kSplit <= p.K; k += kSplit)
+  for (; k + kSplit <= K; k += kSplit)
     for (int s = 0; s < kSplit; ++s) step(k + s, s);
-  if (k < p.K) step(k, 0);
+  if (k < K) step(k, 0);
 
-  for (int j = 0; j < kVectors; ++j) {
-    const int64_t q = panel + j / 2;
-    const int lanes = p.columns.lanes(q, j % 2);
-    for (int i = 0; i < kRows; ++i) {
-      for (int s = 1; s < kSplit; ++s) sums[0][i][j] += sums[s][i][j];
-      store(result + i * p.result_stride + p.columns.first(q, j % 2), sums[0][i][j], lanes);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j) {
+      T* out = sums + i * width + j * kLanes<T>;
+      Vec<T> total = acc[0][i][j];
+      for (int s = 1; s < kSplit; ++s) total += acc[s][i][j];
+      store(out, add ? load(out) + total : total);
+    }
+}
+
+// Up to kTileRows rows of one panel, or up to kWideRows rows of two.
+template <typename T, int kPanels, bool kPackedLeft = false>
+void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width, bool add,
+               const T* ahead) {
+  switch (rows) {
+    case 1: return tile<T, 1, kPanels, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
+    case 2: return tile<T, 2, kPanels, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
+    case 3: return tile<T, 3, kPanels, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
+  }
+  if constexpr (kPanels == 1) {
+    switch (rows) {
+      case 4: return tile<T, 4, 1, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
+      case 5: return tile<T, 5, 1, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
+      case 6: return tile<T, 6, 1, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
     }
   }
 }
 
-template <typename T, int kRows, bool kPackedLeft>
-void tile_pair(const Product<T>& p, Left<T> left, int64_t panel, int64_t count, int64_t row) {
-  if constexpr (kRows <= kWideRows) {
-    if (count == 2) return tile<T, kRows, 2, kPackedLeft>(p, left, panel, row);
-  }
-  for (int64_t i = 0; i < count; ++i) tile<T, kRows, 1, kPackedLeft>(p, left, panel + i, row);
-}
-
-// `rows` rows (at most kTileRows) of one panel or of two neighbouring ones.
-template <typename T, bool kPackedLeft = false>
-void tile_rows(const Product<T>& p, Left<T> left, int64_t panel, int64_t count, int64_t row, int64_t rows) {
-  switch (rows) {
-    case 1: return tile_pair<T, 1, kPackedLeft>(p, left, panel, count, row);
-    case 2: return tile_pair<T, 2, kPackedLeft>(p, left, panel, count, row);
-    case 3: return tile_pair<T, 3, kPackedLeft>(p, left, panel, count, row);
-    case 4: return tile_pair<T, 4, kPackedLeft>(p, left, panel, count, row);
-    case 5: return tile_pair<T, 5, kPackedLeft>(p, left, panel, count, row);
-    case 6: return tile_pair<T, 6, kPackedLeft>(p, left, panel, count, row);
-  }
-}
-
-// Rows [begin, end) of one panel or two: in tiles of as equal a height as possible.
+// Rows of the left-hand matrix that are worked on at once: they stay in the L2 cache while the panels pass, and their sums
+// for two panels in the L1 cache.
+constexpr int64_t kBlockRows = 96;
 template <typename T>
-FASTSEQ_INLINE void multiply_panels(const Product<T>& p, Left<T> left, int64_t panel, int64_t count, int64_t begin,
-                                    int64_t end) {
-  const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t from = begin + (end - begin) * i / tiles, to = begin + (end - begin) * (i + 1) / tiles;
-    tile_rows<T>(p, left, panel, count, from, to - from);
-  }
-}
+using Sums = T[kBlockRows * 2 * kPanel<T>];
 
-// Rows [begin, end) of panels [first, last). Long sums are cut so that the panels stay in the L1 cache while the rows pass.
+// sums[rows][count * kPanel] = left[rows][K] times `count` (1 or 2) panels from `panel` on, in tiles of as equal a height as
+// possible. Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the
+// rows pass, and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first
+// give the hardware nothing to predict from.
 template <typename T>
-void multiply(const Product<T>& product, Left<T> left, int64_t first, int64_t last, int64_t begin, int64_t end) {
-  constexpr int64_t kDepth = 512 * 4 / sizeof(T);
-  constexpr int64_t kRowsInL2 = 96;
-  const int64_t depth = end - begin <= kWideRows ? product.K : kDepth;
-  Product<T> p = product;
-  for (int64_t k = 0; k == 0 || k < product.K; k += depth) {
-    p.K = std::min(depth, product.K - k);
-    p.packed = product.packed + k * kPanel<T>;
-    if (k > 0) p.start.kind = Start<T>::kResult;
-    for (int64_t row = begin; row < end; row += kRowsInL2)
-      for (int64_t panel = first; panel < last; panel += 2)
-        multiply_panels<T>(p, {left.data + k, left.stride}, panel, std::min<int64_t>(2, last - panel), row,
-                           std::min(end, row + kRowsInL2));
+FASTSEQ_INLINE void multiply_panels(const Packed<T>& w, int64_t panel, int64_t count, int64_t next, Left<T> left,
+                                    int64_t rows, Sums<T>& sums) {
+  constexpr int64_t kDepth = 16 * 1024 / (kPanel<T> * sizeof(T));
+  const int64_t width = count * kPanel<T>;
+  if (rows <= kWideRows && count == 2)
+    return tile_rows<T, 2>(rows, w.K, left, w.panel(panel), w.K * kPanel<T>, sums, width, false, nullptr);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t q = 0; q < count; ++q)
+    for (int64_t k = 0; k < w.K; k += kDepth) {
+      const int64_t depth = std::min(kDepth, w.K - k);
+      const T* slice = w.panel(panel + q) + k * kPanel<T>;
+      const T* ahead = k + kDepth < w.K || q + 1 < count ? slice + depth * kPanel<T> : w.panel(next);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
+        tile_rows<T, 1>(to - from, depth, {left.data + from * left.stride + k, left.stride}, slice, 0,
+                        sums + from * width + q * kPanel<T>, width, k > 0, i == 0 ? ahead : slice);
+      }
+    }
+}
+
+// result[rows][columns] = start + left times panels [first, last). `start(row, panel, v, lanes)` gives a vector of what a row
+// of the result starts from.
+template <typename T, typename Start>
+void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int64_t last, Left<T> left, int64_t rows,
+              T* result, int64_t result_stride, const Start& start) {
+  Sums<T> sums;
+  for (int64_t row = 0; row < rows; row += kBlockRows) {
+    const int64_t height = std::min(kBlockRows, rows - row);
+    for (int64_t panel = first; panel < last; panel += 2) {
+      const int64_t count = std::min<int64_t>(2, last - panel), next = panel + 2 < last ? panel + 2 : first;
+      multiply_panels<T>(w, panel, count, next, {left.data + row * left.stride, left.stride}, height, sums);
+      for (int j = 0; j < 2 * count; ++j) {
+        const int lanes = columns.lanes(panel + j / 2, j % 2);
+        if (lanes == 0) continue;
+        const T* sum = sums + j * kLanes<T>;
+        T* out = result + row * result_stride + columns.first(panel + j / 2, j % 2);
+        for (int64_t i = 0; i < height; ++i, sum += count * kPanel<T>, out += result_stride)
+          store(out, load(sum) + start(out, panel + j / 2, j % 2, lanes), lanes);
+      }
+    }
   }
 }
 
-// result[m][n] = sum over k < K of left(k)[m] * right(k)[n], for m in [begin, end) and n < columns: the gradient of a weight.
-// `left` and `right` give rows; `scratch` holds scratch_for_outer(columns) elements.
-constexpr int64_t kOuterDepth = 256, kOuterRows = 16 * kTileRows;
+// result[m][n] (+)= sum over k < K of left(k)[m] * right(k)[n], for m in [begin, end) and n < columns: the gradient of a
+// weight. `left` and `right` give rows; `scratch` holds scratch_for_outer(columns) elements.
+constexpr int64_t kOuterDepth = 256;
 
 template <typename T>
 int64_t scratch_for_outer(int64_t columns) {
-  return kOuterDepth * ((Columns<T>{columns, Columns<T>::kPlain}).panels() * kPanel<T> + kOuterRows);
+  return kOuterDepth * ((Columns<T>{columns, Columns<T>::kPlain}).panels() * kPanel<T> + kBlockRows);
 }
 
 template <typename T, typename LeftRows, typename RightRows>
@@ -214,22 +209,33 @@ void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int
                     T* result, bool add, T* scratch) {
   const Columns<T> plain{columns, Columns<T>::kPlain};
   T* packed_left = scratch;
-  T* packed_right = scratch + kOuterDepth * kOuterRows;
+  T* packed_right = scratch + kOuterDepth * kBlockRows;
+  Sums<T> sums;
   for (int64_t k0 = 0; k0 == 0 || k0 < K; k0 += kOuterDepth) {
     const int64_t depth = std::min(kOuterDepth, K - k0);
+    const Packed<T> w{packed_right, depth};
     pack_rows<T>(plain, 0, plain.panels(), [&](int64_t k) { return right(k0 + k); }, depth, packed_right);
-    const auto start = k0 > 0 || add ? Start<T>::kResult : Start<T>::kZero;
-    const Product<T> product{depth, packed_right, depth * kPanel<T>, plain, result, columns, {start}};
-    for (int64_t m0 = begin; m0 < end; m0 += kOuterRows) {
-      const int64_t rows = std::min(kOuterRows, end - m0);
+    for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, end - m0);
       for (int64_t k = 0; k < depth; ++k) {
         const T* row = left(k0 + k) + m0;
         for (int64_t m = 0; m < rows; ++m)
           packed_left[(m / kTileRows * depth + k) * kTileRows + m % kTileRows] = row[m];
       }
-      for (int64_t panel = 0; panel < plain.panels(); ++panel)
+      for (int64_t panel = 0; panel < plain.panels(); ++panel) {
         for (int64_t m = 0; m < rows; m += kTileRows)
-          tile_rows<T, true>(product, {packed_left + m * depth, 0}, panel, 1, m0 + m, std::min<int64_t>(kTileRows, rows - m));
+          tile_rows<T, 1, true>(std::min<int64_t>(kTileRows, rows - m), depth, {packed_left + m * depth, 0}, w.panel(panel), 0,
+                                sums + m * kPanel<T>, kPanel<T>, false, w.panel(panel));
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int lanes = plain.lanes(panel, v);
+          if (lanes == 0) continue;
+          T* out = result + m0 * columns + plain.first(panel, v);
+          for (int64_t m = 0; m < rows; ++m, out += columns) {
+            const Vec<T> total = load(sums + m * kPanel<T> + v * kLanes<T>);
+            store(out, k0 > 0 || add ? load(out, lanes) + total : total, lanes);
+          }
+        }
+      }
     }
   }
 }

@@ -4,9 +4,7 @@
 // batch where there are enough of them (then nobody waits for anybody), else blocks of units (one barrier a step, since
 // every unit needs all of h_{t-1}). Two directions are two independent chains, each with half of the team.
 #pragma once
-#include <cstdlib>
-#include <new>
-
+#include "cpu/arena.h"
 #include "cpu/gemm.h"
 #include "cpu/lstm.h"
 #include "cpu/team.h"
@@ -21,28 +19,6 @@ constexpr int64_t kRowsPerThread = 8;
 constexpr int64_t kUnpackedRows = 8;
 // The input projection is made for so many elements of gates at a time, to find them in the cache again (1 MB).
 constexpr int64_t kChunkElements = 256 * 1024;
-
-// One allocation for all scratch of a call, aligned to cache lines.
-template <typename T>
-class Arena {
- public:
-  static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
-
-  explicit Arena(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, padded(count + 1) * sizeof(T)))), next_(data_) {
-    if (!data_) throw std::bad_alloc();
-  }
-  ~Arena() { std::free(data_); }
-  Arena(const Arena&) = delete;
-
-  T* take(int64_t count) {
-    T* taken = next_;
-    next_ += padded(count);
-    return taken;
-  }
-
- private:
-  T *data_, *next_;
-};
 
 // What one member of the team does: rows [row, row_end) of the batch and blocks [block, block_end) of the units, for
 // directions [direction, direction_end), in step with the members [first, first + count) when `waits`.
@@ -97,7 +73,11 @@ void in_team(const Threads& threads, int size, const Body& body) {
 // Blocks of units in an order that turns round at every step: what was read last is still in the cache.
 template <typename Body>
 FASTSEQ_INLINE void to_and_fro(int64_t begin, int64_t end, bool back, const Body& body) {
-  for (int64_t i = begin; i < end; ++i) body(back ? end - 1 - (i - begin) : i);
+  const int64_t first = back ? end - 1 : begin, last = back ? begin : end - 1, stride = back ? -1 : 1;
+  for (int64_t i = first; begin < end; i += stride) {
+    body(i, i == last ? i : i + stride);
+    if (i == last) break;
+  }
 }
 
 template <typename T>
@@ -183,10 +163,12 @@ struct LstmForwardPass : LstmForward<T> {
     const T* x = this->x + step(d, earliest) * this->x_t;
     T* result = gates_of(d, earliest);
     const int64_t x_t = this->x_t, x_b = this->x_b;
+    const Packed<T> w{w_ih + d * panel_elements() * I, I};
     const auto rows = [&](const T* a, int64_t a_row, T* r, int64_t r_row, int64_t count) {
-      const Product<T> product{I, w_ih + d * panel_elements() * I, I * kPanel<T>, units, r, r_row,
-                               {Start<T>::kBias, bias + d * panel_elements()}};
-      multiply<T>(product, {a, a_row}, 2 * my.block, 2 * my.block_end, 0, count);
+      multiply<T>(w, units, 2 * my.block, 2 * my.block_end, {a, a_row}, count, r, r_row,
+                  [&](const T*, int64_t panel, int v, int) {
+                    return load(bias + d * panel_elements() + panel * kPanel<T> + v * kLanes<T>);
+                  });
     };
     const int64_t batch = my.row_end - my.row;
     if (batch == B && x_t == B * x_b) {  // all rows are evenly spaced
@@ -208,16 +190,16 @@ struct LstmForwardPass : LstmForward<T> {
     if (unpacked) {
       for (int64_t u = my.block * kLanes<T>; u < std::min(H, my.block_end * kLanes<T>); ++u)
         for (int64_t b = my.row; b < my.row_end; ++b) unit(d, t, u, b, h ? h + b * h_row : nullptr, gates + b * G);
-      for (int64_t block = my.block; block < my.block_end; ++block) activate(d, s, block, my.row, my.row_end);
+      for (int64_t block = my.block; block < my.block_end; ++block) activate(d, s, block, my.row, my.row_end, nullptr);
       return;
     }
-    const Product<T> product{H, w_hh + d * panel_elements() * H, H * kPanel<T>, units, gates, G, {Start<T>::kResult}};
-    constexpr int64_t kRowsInL2 = 96;
-    for (int64_t row = my.row; row < my.row_end; row += kRowsInL2) {
-      const int64_t row_end = std::min(my.row_end, row + kRowsInL2);
-      to_and_fro(my.block, my.block_end, s % 2, [&](int64_t block) {
-        if (h) multiply_panels<T>(product, {h, h_row}, 2 * block, 2, row, row_end);
-        activate(d, s, block, row, row_end);
+    const Packed<T> w{w_hh + d * panel_elements() * H, H};
+    Sums<T> sums;
+    for (int64_t row = my.row; row < my.row_end; row += kBlockRows) {
+      const int64_t row_end = std::min(my.row_end, row + kBlockRows);
+      to_and_fro(my.block, my.block_end, s % 2, [&](int64_t block, int64_t next) {
+        if (h) multiply_panels<T>(w, 2 * block, 2, 2 * next, {h + row * h_row, h_row}, row_end - row, sums);
+        activate(d, s, block, row, row_end, h ? sums : nullptr);
       });
     }
   }
@@ -231,16 +213,21 @@ struct LstmForwardPass : LstmForward<T> {
     for (int64_t k = 0; k < 4; ++k) gates[k * H + u] = sums[k] + (w.b_ih ? w.b_ih[k * H + u] + w.b_hh[k * H + u] : T(0));
   }
 
-  // Gates, cell and output of one block of units from the pre-activations.
-  FASTSEQ_INLINE void activate(int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end) const {
+  // Gates, cell and output of one block of units in rows [row, row_end), from what has been projected and, if there is a
+  // h_{t-1}, the block's part of W_hh h_{t-1} in `sums`.
+  FASTSEQ_INLINE void activate(int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* sums) const {
     const int64_t t = step(d, s), u = block * kLanes<T>;
     const int lanes = units.lanes(2 * block, 0);
     T* gates = gates_of(d, s) + u;
     for (int64_t b = row; b < row_end; ++b) {
       T* a = gates + b * G;
+      Vec<T> gate[4];
+      for (int k = 0; k < 4; ++k) {
+        gate[k] = load(a + k * H, lanes);
+        if (sums) gate[k] += load(sums + ((b - row) * 4 + k) * kLanes<T>);
+      }
       T* c_state = this->c_n + (d * B + b) * H + u;
-      const Vec<T> i = sigmoid<T>(load(a, lanes)), f = sigmoid<T>(load(a + H, lanes));
-      const Vec<T> g = tanh<T>(load(a + 2 * H, lanes)), o = sigmoid<T>(load(a + 3 * H, lanes));
+      const Vec<T> i = sigmoid<T>(gate[0]), f = sigmoid<T>(gate[1]), g = tanh<T>(gate[2]), o = sigmoid<T>(gate[3]);
       const Vec<T> c = f * load(c_state, lanes) + i * g, h = o * tanh<T>(c);
       store(c_state, c, lanes);
       store(this->y + (t * B + b) * D * H + d * H + u, h, lanes);
@@ -382,18 +369,17 @@ struct LstmBackwardPass : LstmBackward<T> {
 
   // dh_{t-1} = W_hh^T da_t, for my rows and units.
   void state_backward(int64_t d, int64_t s, const Share& my) const {
-    const Product<T> product{G, w_hh + d * panel_elements(hidden), G * kPanel<T>, hidden, dh + d * B * H, H,
-                             {Start<T>::kZero}};
-    multiply<T>(product, {da_of(d, step(d, s)), G}, my.block, my.block_end, my.row, my.row_end);
+    multiply<T>({w_hh + d * panel_elements(hidden), G}, hidden, my.block, my.block_end,
+                {da_of(d, step(d, s)) + my.row * G, G}, my.row_end - my.row, dh + (d * B + my.row) * H, H,
+                [](const T*, int64_t, int, int) { return Vec<T>{}; });
   }
 
   void input_backward(int rank, int members) const {
     const int64_t rows = T_ * B, begin = rows * rank / members, end = rows * (rank + 1) / members;
-    for (int64_t d = 0; d < D; ++d) {
-      const Product<T> product{G, w_ih + d * panel_elements(input), G * kPanel<T>, input, this->dx, I,
-                               {d == 0 ? Start<T>::kZero : Start<T>::kResult}};
-      multiply<T>(product, {da_of(d, 0), G}, 0, input.panels(), begin, end);
-    }
+    for (int64_t d = 0; d < D; ++d)
+      multiply<T>({w_ih + d * panel_elements(input), G}, input, 0, input.panels(), {da_of(d, 0) + begin * G, G}, end - begin,
+                  this->dx + begin * I, I,
+                  [d](const T* out, int64_t, int, int lanes) { return d == 0 ? Vec<T>{} : load(out, lanes); });
   }
 
   // Each member makes the gradients of its part of the 4H gates.

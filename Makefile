@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint bench bench-smoke gpu-check clean
+
+demo: $(VENV)/.installed  ## train and run a character-level LSTM, as it is and accelerated
+	$(BIN)/python examples/char_lm.py
+
+test: $(VENV)/.installed  ## all tests; a missing C++ extension is a failure, not a skip
+	FASTSEQ_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench  ## every case against every peer, about 10 minutes
+	$(BIN)/python -m pytest benches
+
+bench-smoke: $(VENV)/.bench
+	$(BIN)/python -m pytest benches --smoke
+
+gpu-check: $(VENV)/.installed  ## on a machine with a GPU: the tests that need one
+	$(BIN)/python -m pytest tests -m gpu
+
+clean:
+	rm -rf $(VENV) build out fastseq/*.so *.egg-info
+
+# FASTSEQ_NO_EXT=1 asks for an installation without the extension; otherwise make requires it.
+REQUIRE := $(if $(FASTSEQ_NO_EXT),,cpp)
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+	touch $@
+
+# The dependencies first, then the package: no isolated build environment, which would fetch another torch.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	FASTSEQ_REQUIRE=$(REQUIRE) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,test,lint]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
+	touch $@

@@ -1,0 +1,50 @@
+"""What every test shares: seeded randomness, poisoned buffers, and skips that FASTSEQ_REQUIRE turns into failures."""
+
+import os
+
+# Before the extension is loaded: it fills every buffer that it allocates with NaN, so that an element that a kernel
+# forgot cannot pass for a zero.
+os.environ["FASTSEQ_POISON"] = "1"
+
+import pytest
+import torch
+
+from fastseq.registry import Impl, Op
+
+REQUIRED = {name for name in os.environ.get("FASTSEQ_REQUIRE", "").split(",") if name}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def require(op: Op, impl: Impl, device: str, dtype: torch.dtype) -> None:
+    """Skips the test, with the reason, if the implementation cannot serve here; fails if FASTSEQ_REQUIRE names it."""
+    reason = op.reason_against(impl, device, dtype)
+    if reason is not None:
+        if impl.name in REQUIRED:
+            pytest.fail(f"{impl.name} is required (FASTSEQ_REQUIRE) but {reason}")
+        pytest.skip(f"{impl.name}: {reason}")
+
+
+def require_native() -> None:
+    """The same for a test of the extension itself."""
+    from fastseq import native
+
+    if native.unavailable() is not None:
+        (pytest.fail if "cpp" in REQUIRED else pytest.skip)(f"cpp: {native.unavailable()}")
