@@ -1,9 +1,9 @@
 // Matrix products on packed weights: what the recurrent kernels spend their time in.
 //
 // The right-hand matrix is packed into panels of two vectors of columns, [K][2][lanes] each, so that the inner loop
-// reads it in one stream. The left-hand matrix stays as it is, [rows][K]. A tile keeps kRows x 2 (or, for up to three rows,
-// kRows x 4) vectors of sums in registers. The sums of one or two panels over some rows go to a small buffer that stays in
-// the L1 cache; what becomes of them (gates, a stored product) is the caller's epilogue.
+// reads it in one stream. The left-hand matrix stays as it is, [rows][K]. A tile keeps the sums of up to six rows and of
+// one panel, or of fewer rows and more panels, in registers. The sums of one or a few panels over some rows go
+// to a buffer in the cache, [rows][panels]; what becomes of them (gates, a stored product) is the caller's epilogue.
 #pragma once
 #include <algorithm>
 
@@ -16,25 +16,26 @@ template <typename T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
 // 6 x 2 sums, 2 vectors of the panel and a broadcast fill the 16 registers of AVX2.
 constexpr int kTileRows = 6;
-// Up to this many rows a tile is two panels wide, else it would have too few sums in flight to hide an FMA's latency.
+// Fewer rows take two or four panels at once: an FMA's latency wants eight sums in flight.
 constexpr int kWideRows = 3;
+constexpr int wide_panels(int64_t rows) { return rows == 1 ? 4 : rows <= kWideRows ? 2 : 1; }
 
 // How the columns of a matrix are laid out in panels. `kPlain`: one after the other. `kGates`: the columns are four gates of
-// `count` units; a pair of panels holds all four gates of one block of units, so that whoever owns units owns whole panels.
+// `count` units; four panels in a row hold the four gates of one block of units, so that whoever owns units owns panels.
 template <typename T>
 struct Columns {
   enum Kind { kPlain, kGates };
   int64_t count;
   Kind kind;
 
-  int64_t blocks() const { return (count + kLanes<T> - 1) / kLanes<T>; }
-  int64_t panels() const { return kind == kGates ? 2 * blocks() : (blocks() + 1) / 2; }
+  int64_t blocks() const { return (count + kPanel<T> - 1) / kPanel<T>; }
+  int64_t panels() const { return kind == kGates ? 4 * blocks() : blocks(); }
   int64_t first(int64_t panel, int v) const {
-    return kind == kGates ? (panel % 2 * 2 + v) * count + panel / 2 * kLanes<T> : (panel * 2 + v) * kLanes<T>;
+    return kind == kGates ? panel % 4 * count + panel / 4 * kPanel<T> + v * kLanes<T> : panel * kPanel<T> + v * kLanes<T>;
   }
   int lanes(int64_t panel, int v) const {
-    const int64_t unit = kind == kGates ? panel / 2 * kLanes<T> : first(panel, v);
-    return int(std::max<int64_t>(0, std::min<int64_t>(kLanes<T>, count - unit)));
+    const int64_t column = (kind == kGates ? panel / 4 : panel) * kPanel<T> + v * kLanes<T>;
+    return int(std::max<int64_t>(0, std::min<int64_t>(kLanes<T>, count - column)));
   }
 };
 
@@ -91,73 +92,68 @@ struct Left {
   int64_t stride;
 };
 
-// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, the second `panel_stride` behind the first. Fetches what is at
-// `ahead` into the L2 cache on the way, where that is not null.
+// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `panel_stride` behind the one before. Fetches what is at
+// `ahead` into the L2 cache on the way.
 template <typename T, int kRows, int kPanels, bool kPackedLeft>
 FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width, bool add,
                          const T* ahead) {
   constexpr int kVectors = kPanels * kPanelVectors;
-  // One row alone has too few sums to hide the latency: even and odd k are summed apart.
-  constexpr int kSplit = kRows == 1 ? 2 : 1;
-  Vec<T> acc[kSplit][kRows][kVectors] = {};
-  const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
-    if constexpr (kRows > kWideRows) __builtin_prefetch(ahead + k * kPanel<T>, 0, 2);
+  Vec<T> acc[kRows][kVectors];
+#pragma GCC unroll 64
+  for (int i = 0; i < kRows * kVectors; ++i) acc[i / kVectors][i % kVectors] = Vec<T>{};
+  for (int64_t k = 0; k < K; ++k) {
+    if constexpr (kPanels == 1) __builtin_prefetch(ahead + k * kPanel<T>, 0, 2);
     Vec<T> w[kVectors];
     for (int j = 0; j < kVectors; ++j) w[j] = load(panel + j / 2 * panel_stride + k * kPanel<T> + j % 2 * kLanes<T>);
     for (int i = 0; i < kRows; ++i) {
       const T value = kPackedLeft ? left.data[k * kTileRows + i] : left.data[i * left.stride + k];
-      for (int j = 0; j < kVectors; ++j) acc[s][i][j] += w[j] * value;
+      for (int j = 0; j < kVectors; ++j) acc[i][j] += w[j] * value;
     }
-  };
-  int64_t k = 0;
-  for (; k + kSplit <= K; k += kSplit)
-    for (int s = 0; s < kSplit; ++s) step(k + s, s);
-  if (k < K) step(k, 0);
-
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) {
-      T* out = sums + i * width + j * kLanes<T>;
-      Vec<T> total = acc[0][i][j];
-      for (int s = 1; s < kSplit; ++s) total += acc[s][i][j];
-      store(out, add ? load(out) + total : total);
-    }
+  }
+#pragma GCC unroll 64
+  for (int i = 0; i < kRows * kVectors; ++i) {
+    T* out = sums + i / kVectors * width + i % kVectors * kLanes<T>;
+    const Vec<T> total = acc[i / kVectors][i % kVectors];
+    store(out, add ? load(out) + total : total);
+  }
 }
 
-// Up to kTileRows rows of one panel, or up to kWideRows rows of two.
-template <typename T, int kPanels, bool kPackedLeft = false>
-void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width, bool add,
-               const T* ahead) {
+// Up to kTileRows rows of one panel.
+template <typename T, bool kPackedLeft = false>
+void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width, bool add, const T* ahead) {
   switch (rows) {
-    case 1: return tile<T, 1, kPanels, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
-    case 2: return tile<T, 2, kPanels, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
-    case 3: return tile<T, 3, kPanels, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
-  }
-  if constexpr (kPanels == 1) {
-    switch (rows) {
-      case 4: return tile<T, 4, 1, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
-      case 5: return tile<T, 5, 1, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
-      case 6: return tile<T, 6, 1, kPackedLeft>(K, left, panel, panel_stride, sums, width, add, ahead);
-    }
+    case 1: return tile<T, 1, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 2: return tile<T, 2, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 3: return tile<T, 3, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 4: return tile<T, 4, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 5: return tile<T, 5, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 6: return tile<T, 6, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
   }
 }
 
-// Rows of the left-hand matrix that are worked on at once: they stay in the L2 cache while the panels pass, and their sums
-// for two panels in the L1 cache.
+// Rows of the left-hand matrix that are worked on at once, so that they stay in the L2 cache while the panels pass.
 constexpr int64_t kBlockRows = 96;
-template <typename T>
-using Sums = T[kBlockRows * 2 * kPanel<T>];
 
-// sums[rows][count * kPanel] = left[rows][K] times `count` (1 or 2) panels from `panel` on, in tiles of as equal a height as
-// possible. Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the
+// sums[rows][width] (+)= left[rows][K] times `count` panels from `panel` on, in tiles of as equal a height as possible. Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the
 // rows pass, and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first
 // give the hardware nothing to predict from.
 template <typename T>
 FASTSEQ_INLINE void multiply_panels(const Packed<T>& w, int64_t panel, int64_t count, int64_t next, Left<T> left,
-                                    int64_t rows, Sums<T>& sums) {
+                                    int64_t rows, T* sums, int64_t width, bool add) {
   constexpr int64_t kDepth = 16 * 1024 / (kPanel<T> * sizeof(T));
-  const int64_t width = count * kPanel<T>;
-  if (rows <= kWideRows && count == 2)
-    return tile_rows<T, 2>(rows, w.K, left, w.panel(panel), w.K * kPanel<T>, sums, width, false, nullptr);
+  const int64_t stride = w.K * kPanel<T>;
+  if (rows <= kWideRows && count % wide_panels(rows) == 0) {
+    for (int64_t q = 0; q < count; q += wide_panels(rows)) {
+      const T* first = w.panel(panel + q);
+      T* out = sums + q * kPanel<T>;
+      switch (rows) {
+        case 1: tile<T, 1, wide_panels(1), false>(w.K, left, first, stride, out, width, add, nullptr); break;
+        case 2: tile<T, 2, wide_panels(2), false>(w.K, left, first, stride, out, width, add, nullptr); break;
+        case 3: tile<T, 3, wide_panels(3), false>(w.K, left, first, stride, out, width, add, nullptr); break;
+      }
+    }
+    return;
+  }
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t q = 0; q < count; ++q)
     for (int64_t k = 0; k < w.K; k += kDepth) {
@@ -166,42 +162,46 @@ FASTSEQ_INLINE void multiply_panels(const Packed<T>& w, int64_t panel, int64_t c
       const T* ahead = k + kDepth < w.K || q + 1 < count ? slice + depth * kPanel<T> : w.panel(next);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
-        tile_rows<T, 1>(to - from, depth, {left.data + from * left.stride + k, left.stride}, slice, 0,
-                        sums + from * width + q * kPanel<T>, width, k > 0, i == 0 ? ahead : slice);
+        tile_rows<T>(to - from, depth, {left.data + from * left.stride + k, left.stride}, slice,
+                     sums + from * width + q * kPanel<T>, width, add || k > 0, i == 0 ? ahead : slice);
       }
     }
 }
 
-// result[rows][columns] = start + left times panels [first, last). `start(row, panel, v, lanes)` gives a vector of what a row
-// of the result starts from.
+// result[rows][columns] = start + left times panels [first, last). `start(result, panel, v, lanes)` gives a vector of what the
+// result starts from.
 template <typename T, typename Start>
 void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int64_t last, Left<T> left, int64_t rows,
               T* result, int64_t result_stride, const Start& start) {
-  Sums<T> sums;
+  constexpr int64_t kPanelsAtOnce = 2;
+  T sums[kBlockRows * kPanelsAtOnce * kPanel<T>];
   for (int64_t row = 0; row < rows; row += kBlockRows) {
     const int64_t height = std::min(kBlockRows, rows - row);
-    for (int64_t panel = first; panel < last; panel += 2) {
-      const int64_t count = std::min<int64_t>(2, last - panel), next = panel + 2 < last ? panel + 2 : first;
-      multiply_panels<T>(w, panel, count, next, {left.data + row * left.stride, left.stride}, height, sums);
-      for (int j = 0; j < 2 * count; ++j) {
-        const int lanes = columns.lanes(panel + j / 2, j % 2);
-        if (lanes == 0) continue;
-        const T* sum = sums + j * kLanes<T>;
-        T* out = result + row * result_stride + columns.first(panel + j / 2, j % 2);
-        for (int64_t i = 0; i < height; ++i, sum += count * kPanel<T>, out += result_stride)
-          store(out, load(sum) + start(out, panel + j / 2, j % 2, lanes), lanes);
-      }
+    for (int64_t panel = first; panel < last; panel += kPanelsAtOnce) {
+      const int64_t count = std::min(kPanelsAtOnce, last - panel);
+      const int64_t next = panel + count < last ? panel + count : first;
+      multiply_panels<T>(w, panel, count, next, {left.data + row * left.stride, left.stride}, height, sums, count * kPanel<T>,
+                         false);
+      for (int64_t q = panel; q < panel + count; ++q)
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int lanes = columns.lanes(q, v);
+          if (lanes == 0) continue;
+          const T* sum = sums + (q - panel) * kPanel<T> + v * kLanes<T>;
+          T* out = result + row * result_stride + columns.first(q, v);
+          for (int64_t i = 0; i < height; ++i, sum += count * kPanel<T>, out += result_stride)
+            store(out, load(sum) + start(out, q, v, lanes), lanes);
+        }
     }
   }
 }
 
 // result[m][n] (+)= sum over k < K of left(k)[m] * right(k)[n], for m in [begin, end) and n < columns: the gradient of a
 // weight. `left` and `right` give rows; `scratch` holds scratch_for_outer(columns) elements.
-constexpr int64_t kOuterDepth = 256;
+constexpr int64_t kOuterDepth = 256, kOuterRows = 16 * kTileRows;
 
 template <typename T>
 int64_t scratch_for_outer(int64_t columns) {
-  return kOuterDepth * ((Columns<T>{columns, Columns<T>::kPlain}).panels() * kPanel<T> + kBlockRows);
+  return kOuterDepth * ((Columns<T>{columns, Columns<T>::kPlain}).panels() * kPanel<T> + kOuterRows);
 }
 
 template <typename T, typename LeftRows, typename RightRows>
@@ -209,14 +209,14 @@ void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int
                     T* result, bool add, T* scratch) {
   const Columns<T> plain{columns, Columns<T>::kPlain};
   T* packed_left = scratch;
-  T* packed_right = scratch + kOuterDepth * kBlockRows;
-  Sums<T> sums;
+  T* packed_right = scratch + kOuterDepth * kOuterRows;
+  T sums[kOuterRows * kPanel<T>];
   for (int64_t k0 = 0; k0 == 0 || k0 < K; k0 += kOuterDepth) {
     const int64_t depth = std::min(kOuterDepth, K - k0);
     const Packed<T> w{packed_right, depth};
     pack_rows<T>(plain, 0, plain.panels(), [&](int64_t k) { return right(k0 + k); }, depth, packed_right);
-    for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
-      const int64_t rows = std::min(kBlockRows, end - m0);
+    for (int64_t m0 = begin; m0 < end; m0 += kOuterRows) {
+      const int64_t rows = std::min(kOuterRows, end - m0);
       for (int64_t k = 0; k < depth; ++k) {
         const T* row = left(k0 + k) + m0;
         for (int64_t m = 0; m < rows; ++m)
@@ -224,8 +224,8 @@ void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int
       }
       for (int64_t panel = 0; panel < plain.panels(); ++panel) {
         for (int64_t m = 0; m < rows; m += kTileRows)
-          tile_rows<T, 1, true>(std::min<int64_t>(kTileRows, rows - m), depth, {packed_left + m * depth, 0}, w.panel(panel), 0,
-                                sums + m * kPanel<T>, kPanel<T>, false, w.panel(panel));
+          tile_rows<T, true>(std::min<int64_t>(kTileRows, rows - m), depth, {packed_left + m * depth, 0}, w.panel(panel),
+                             sums + m * kPanel<T>, kPanel<T>, false, w.panel(panel));
         for (int v = 0; v < kPanelVectors; ++v) {
           const int lanes = plain.lanes(panel, v);
           if (lanes == 0) continue;

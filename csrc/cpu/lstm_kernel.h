@@ -17,8 +17,9 @@ constexpr int64_t kWorkPerThread = 64 * 1024, kWorkPerBarrier = 4 * 1024;
 constexpr int64_t kRowsPerThread = 8;
 // Up to this many rows in all, packing a weight matrix costs more than it saves.
 constexpr int64_t kUnpackedRows = 8;
-// The input projection is made for so many elements of gates at a time, to find them in the cache again (1 MB).
-constexpr int64_t kChunkElements = 256 * 1024;
+// The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they are
+// used (256 KB), but for at least so many rows that the weights' way from memory does not count.
+constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = kBlockRows;
 
 // What one member of the team does: rows [row, row_end) of the batch and blocks [block, block_end) of the units, for
 // directions [direction, direction_end), in step with the members [first, first + count) when `waits`.
@@ -85,49 +86,44 @@ struct LstmForwardPass : LstmForward<T> {
   using Shape = LstmForward<T>;
   using Shape::B, Shape::D, Shape::H, Shape::I, Shape::T_;
 
+  static constexpr int64_t kBlock = 4 * kPanel<T>;  // pre-activations of one block of units
   Columns<T> units{H, Columns<T>::kGates};
-  int64_t G = 4 * H;
-  bool unpacked;    // weights are read where they are
-  int64_t chunk;    // steps whose input projection is made at once
+  int64_t blocks = units.blocks();
+  bool unpacked;          // weights are read where they are
+  int64_t chunk;          // steps whose input projection is made at once
   T *w_ih, *w_hh, *bias;  // packed, per direction
-  T* projected;     // [D, chunk, B, 4H], unless the tape's gates take it
+  T* sums;                // [D, blocks, chunk, B, kBlock] pre-activations of the current chunk, in the order of time
 
   explicit LstmForwardPass(const LstmForward<T>& call) : LstmForward<T>(call) {
     unpacked = T_ * B < kUnpackedRows;
-    chunk = std::max<int64_t>(1, std::min(T_, std::max(kTileRows / B, kChunkElements / (B * G))));
+    chunk = std::max<int64_t>(1, std::min(T_, std::max(kChunkRows, kChunkElements / (4 * H)) / B));
   }
 
   int64_t panel_elements() const { return units.panels() * kPanel<T>; }
-
   int64_t scratch() const {
-    const int64_t packed = unpacked ? 0 : panel_elements() * (I + H + 1) + 3 * 16;
-    return D * (packed + (this->gates ? 0 : Arena<T>::padded(chunk * B * G)));
+    return D * (panel_elements() * (1 + (unpacked ? 0 : I + H)) + blocks * chunk * B * kBlock) + 4 * 16;
   }
 
   void take(Arena<T>& arena) {
-    if (!unpacked) {
-      w_ih = arena.take(D * panel_elements() * I);
-      w_hh = arena.take(D * panel_elements() * H);
-      bias = arena.take(D * panel_elements());
-    }
-    projected = this->gates ? nullptr : arena.take(D * chunk * B * G);
+    w_ih = unpacked ? nullptr : arena.take(D * panel_elements() * I);
+    w_hh = unpacked ? nullptr : arena.take(D * panel_elements() * H);
+    bias = arena.take(D * panel_elements());
+    sums = arena.take(D * blocks * chunk * B * kBlock);
   }
 
   int64_t step(int64_t d, int64_t s) const { return d == 0 ? s : T_ - 1 - s; }  // the s-th step in a direction's order
 
-  // The gates of a direction's s-th step: the tape keeps them all, else they are those of the current chunk. In both, steps
-  // follow each other in the order of time.
-  T* gates_of(int64_t d, int64_t s) const {
-    if (this->gates) return this->gates + (d * T_ + step(d, s)) * B * G;
+  // Pre-activations of a block of units at a direction's s-th step, [B, kBlock].
+  T* sums_of(int64_t d, int64_t block, int64_t s) const {
     const int64_t position = d == 0 ? s % chunk : chunk - 1 - s % chunk;
-    return projected + (d * chunk + position) * B * G;
+    return sums + (((d * blocks + block) * chunk + position) * B) * kBlock;
   }
 
   void run(const Share& my, Team& team) const {
     for (int64_t d = my.direction; d < my.direction_end; ++d) {
-      if (!unpacked) pack(d, my);
+      pack(d, my);
       for (int64_t b = my.row; b < my.row_end; ++b)
-        for (int64_t u = my.block * kLanes<T>; u < std::min(H, my.block_end * kLanes<T>); ++u)
+        for (int64_t u = my.block * kPanel<T>; u < std::min(H, my.block_end * kPanel<T>); ++u)
           this->c_n[(d * B + b) * H + u] = this->c0 ? this->c0[(d * B + b) * H + u] : T(0);
     }
     if (!my.waits) team.barrier(my.rank, my.first, my.count);  // packing was shared
@@ -143,103 +139,107 @@ struct LstmForwardPass : LstmForward<T> {
   // Whoever owns units packs their panels; where rows are split, everybody packs a part.
   void pack(int64_t d, const Share& my) const {
     const auto& w = this->weights[d];
-    const int64_t blocks = units.blocks(), member = my.rank - my.first;
-    const int64_t begin = 2 * (my.waits ? my.block : blocks * member / my.count);
-    const int64_t end = 2 * (my.waits ? my.block_end : blocks * (member + 1) / my.count);
-    pack_transposed(units, begin, end, w.w_ih, I, I, w_ih + d * panel_elements() * I);
-    pack_transposed(units, begin, end, w.w_hh, H, H, w_hh + d * panel_elements() * H);
+    const int64_t member = my.rank - my.first;
+    const int64_t begin = 4 * (my.waits ? my.block : blocks * member / my.count);
+    const int64_t end = 4 * (my.waits ? my.block_end : blocks * (member + 1) / my.count);
+    if (!unpacked) {
+      pack_transposed(units, begin, end, w.w_ih, I, I, w_ih + d * panel_elements() * I);
+      pack_transposed(units, begin, end, w.w_hh, H, H, w_hh + d * panel_elements() * H);
+    }
     for (int64_t panel = begin; panel < end; ++panel)
-      for (int v = 0; v < kPanelVectors; ++v)
-        for (int i = 0; i < kLanes<T>; ++i) {
-          const int64_t column = units.first(panel, v) + i;
-          bias[d * panel_elements() + panel * kPanel<T> + v * kLanes<T> + i] =
-              w.b_ih && i < units.lanes(panel, v) ? w.b_ih[column] + w.b_hh[column] : T(0);
-        }
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const int lanes = units.lanes(panel, v);
+        const int64_t column = units.first(panel, v);
+        store(bias + d * panel_elements() + panel * kPanel<T> + v * kLanes<T>,
+              w.b_ih && lanes ? load(w.b_ih + column, lanes) + load(w.b_hh + column, lanes) : Vec<T>{});
+      }
   }
 
-  // gates = W_ih x + b for steps [from, to) of a direction.
+  // sums = W_ih x for steps [from, to) of a direction, for my rows and units.
   void project(int64_t d, int64_t from, int64_t to, const Share& my) const {
-    const int64_t earliest = d == 0 ? from : to - 1, steps = to - from;
-    const T* x = this->x + step(d, earliest) * this->x_t;
-    T* result = gates_of(d, earliest);
-    const int64_t x_t = this->x_t, x_b = this->x_b;
     const Packed<T> w{w_ih + d * panel_elements() * I, I};
-    const auto rows = [&](const T* a, int64_t a_row, T* r, int64_t r_row, int64_t count) {
-      multiply<T>(w, units, 2 * my.block, 2 * my.block_end, {a, a_row}, count, r, r_row,
-                  [&](const T*, int64_t panel, int v, int) {
-                    return load(bias + d * panel_elements() + panel * kPanel<T> + v * kLanes<T>);
-                  });
+    const int64_t earliest = d == 0 ? from : to - 1, steps = to - from, batch = my.row_end - my.row;
+    const T* x = this->x + step(d, earliest) * this->x_t + my.row * this->x_b;
+    const auto rows = [&](int64_t first, int64_t x_row, int64_t offset, int64_t count) {
+      for (int64_t row = 0; row < count; row += kBlockRows)
+        for (int64_t block = my.block; block < my.block_end; ++block)
+          multiply_panels<T>(w, 4 * block, 4, 4 * (block + 1 < my.block_end ? block + 1 : my.block),
+                             {x + first + row * x_row, x_row}, std::min(kBlockRows, count - row),
+                             sums_of(d, block, earliest) + (offset + row) * kBlock, kBlock, false);
     };
-    const int64_t batch = my.row_end - my.row;
-    if (batch == B && x_t == B * x_b) {  // all rows are evenly spaced
-      rows(x, x_b, result, G, steps * B);
-    } else if (steps > batch) {
-      for (int64_t b = my.row; b < my.row_end; ++b) rows(x + b * x_b, x_t, result + b * G, B * G, steps);
-    } else {
-      for (int64_t s = 0; s < steps; ++s)
-        rows(x + s * x_t + my.row * x_b, x_b, result + (s * B + my.row) * G, G, batch);
-    }
+    if (batch == B && this->x_t == B * this->x_b)  // all rows are evenly spaced
+      rows(0, this->x_b, 0, steps * B);
+    else if (B == 1)
+      rows(0, this->x_t, 0, steps);
+    else
+      for (int64_t s = 0; s < steps; ++s) rows(s * this->x_t, this->x_b, s * B + my.row, batch);
   }
 
   // One step of one direction, for my rows and units.
   void advance(int64_t d, int64_t s, const Share& my) const {
-    const int64_t t = step(d, s);
     const T* h = s > 0 ? this->y + step(d, s - 1) * B * D * H + d * H : this->h0 ? this->h0 + d * B * H : nullptr;
     const int64_t h_row = s > 0 ? D * H : H;
-    T* gates = gates_of(d, s);
-    if (unpacked) {
-      for (int64_t u = my.block * kLanes<T>; u < std::min(H, my.block_end * kLanes<T>); ++u)
-        for (int64_t b = my.row; b < my.row_end; ++b) unit(d, t, u, b, h ? h + b * h_row : nullptr, gates + b * G);
-      for (int64_t block = my.block; block < my.block_end; ++block) activate(d, s, block, my.row, my.row_end, nullptr);
-      return;
-    }
     const Packed<T> w{w_hh + d * panel_elements() * H, H};
-    Sums<T> sums;
     for (int64_t row = my.row; row < my.row_end; row += kBlockRows) {
       const int64_t row_end = std::min(my.row_end, row + kBlockRows);
       to_and_fro(my.block, my.block_end, s % 2, [&](int64_t block, int64_t next) {
-        if (h) multiply_panels<T>(w, 2 * block, 2, 2 * next, {h + row * h_row, h_row}, row_end - row, sums);
-        activate(d, s, block, row, row_end, h ? sums : nullptr);
+        T* a = sums_of(d, block, s) + row * kBlock;
+        if (unpacked)
+          block_from_weights(d, s, block, row, row_end, h, h_row, a);
+        else if (h)
+          multiply_panels<T>(w, 4 * block, 4, 4 * next, {h + row * h_row, h_row}, row_end - row, a, kBlock, true);
+        activate(d, s, block, row, row_end, a);
       });
     }
   }
 
-  // The four pre-activations of one unit in one row, from weights where they are.
-  void unit(int64_t d, int64_t t, int64_t u, int64_t b, const T* h, T* gates) const {
+  // a = W_ih x + W_hh h of one block of units, from weights where they are.
+  void block_from_weights(int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* h, int64_t h_row,
+                          T* a) const {
     const auto& w = this->weights[d];
-    T sums[4] = {};
-    dot_four<T>(w.w_ih + u * I, H * I, this->x + t * this->x_t + b * this->x_b, I, sums);
-    if (h) dot_four<T>(w.w_hh + u * H, H * H, h, H, sums);
-    for (int64_t k = 0; k < 4; ++k) gates[k * H + u] = sums[k] + (w.b_ih ? w.b_ih[k * H + u] + w.b_hh[k * H + u] : T(0));
+    const int64_t first = block * kPanel<T>, count = std::min<int64_t>(kPanel<T>, H - first);
+    for (int64_t u = 0; u < count; ++u)
+      for (int64_t b = row; b < row_end; ++b) {
+        T gates[4] = {};
+        dot_four<T>(w.w_ih + (first + u) * I, H * I, this->x + step(d, s) * this->x_t + b * this->x_b, I, gates);
+        if (h) dot_four<T>(w.w_hh + (first + u) * H, H * H, h + b * h_row, H, gates);
+        for (int k = 0; k < 4; ++k) a[(b - row) * kBlock + k * kPanel<T> + u] = gates[k];
+      }
   }
 
-  // Gates, cell and output of one block of units in rows [row, row_end), from what has been projected and, if there is a
-  // h_{t-1}, the block's part of W_hh h_{t-1} in `sums`.
-  FASTSEQ_INLINE void activate(int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* sums) const {
-    const int64_t t = step(d, s), u = block * kLanes<T>;
-    const int lanes = units.lanes(2 * block, 0);
-    T* gates = gates_of(d, s) + u;
-    for (int64_t b = row; b < row_end; ++b) {
-      T* a = gates + b * G;
-      Vec<T> gate[4];
-      for (int k = 0; k < 4; ++k) {
-        gate[k] = load(a + k * H, lanes);
-        if (sums) gate[k] += load(sums + ((b - row) * 4 + k) * kLanes<T>);
+  // Gates, cell and output of one block of units in rows [row, row_end) from the pre-activations a.
+  FASTSEQ_INLINE void activate(int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* a) const {
+    if (units.lanes(4 * block, kPanelVectors - 1) == kLanes<T>)
+      activate_lanes<true>(d, s, block, row, row_end, a);
+    else
+      activate_lanes<false>(d, s, block, row, row_end, a);
+  }
+
+  template <bool kFull>
+  FASTSEQ_INLINE void activate_lanes(int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* a) const {
+    const int64_t t = step(d, s), G = 4 * H;
+    const T* b_block = bias + d * panel_elements() + block * kBlock;
+    for (int64_t b = row; b < row_end; ++b, a += kBlock)
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const int lanes = kFull ? kLanes<T> : units.lanes(4 * block, v);
+        if (lanes == 0) continue;
+        const int64_t u = block * kPanel<T> + v * kLanes<T>;
+        const auto gate = [&](int k) { return load(a + k * kPanel<T> + v * kLanes<T>) + load(b_block + k * kPanel<T> + v * kLanes<T>); };
+        T* c_state = this->c_n + (d * B + b) * H + u;
+        const Vec<T> i = sigmoid<T>(gate(0)), f = sigmoid<T>(gate(1)), g = tanh<T>(gate(2)), o = sigmoid<T>(gate(3));
+        const Vec<T> c = f * load(c_state, lanes) + i * g, h = o * tanh<T>(c);
+        store(c_state, c, lanes);
+        store(this->y + (t * B + b) * D * H + d * H + u, h, lanes);
+        if (this->gates) {
+          T* tape = this->gates + ((d * T_ + t) * B + b) * G + u;
+          store(tape, i, lanes);
+          store(tape + H, f, lanes);
+          store(tape + 2 * H, g, lanes);
+          store(tape + 3 * H, o, lanes);
+          store(this->cells + ((d * T_ + t) * B + b) * H + u, c, lanes);
+        }
+        if (s == T_ - 1) store(this->h_n + (d * B + b) * H + u, h, lanes);
       }
-      T* c_state = this->c_n + (d * B + b) * H + u;
-      const Vec<T> i = sigmoid<T>(gate[0]), f = sigmoid<T>(gate[1]), g = tanh<T>(gate[2]), o = sigmoid<T>(gate[3]);
-      const Vec<T> c = f * load(c_state, lanes) + i * g, h = o * tanh<T>(c);
-      store(c_state, c, lanes);
-      store(this->y + (t * B + b) * D * H + d * H + u, h, lanes);
-      if (this->gates) {
-        store(a, i, lanes);
-        store(a + H, f, lanes);
-        store(a + 2 * H, g, lanes);
-        store(a + 3 * H, o, lanes);
-        store(this->cells + ((d * T_ + t) * B + b) * H + u, c, lanes);
-      }
-      if (s == T_ - 1) store(this->h_n + (d * B + b) * H + u, h, lanes);
-    }
   }
 };
 
@@ -250,7 +250,7 @@ void lstm_forward(const LstmForward<T>& call, Threads threads) {
   pass.take(arena);
   const int size = team_size(threads, call);
   in_team(threads, size, [&](int rank, Team& team) {
-    pass.run(share_of(rank, team.size(), call.D, call.B, pass.units.blocks()), team);
+    pass.run(share_of(rank, team.size(), call.D, call.B, pass.blocks), team);
   });
 }
 
@@ -260,10 +260,10 @@ struct LstmBackwardPass : LstmBackward<T> {
   using Shape::B, Shape::D, Shape::H, Shape::I, Shape::T_;
 
   Columns<T> hidden{H, Columns<T>::kPlain}, input{I, Columns<T>::kPlain};
-  int64_t G = 4 * H;
+  int64_t G = 4 * H, width = hidden.panels() * kPanel<T>;
   T *w_hh, *w_ih;        // packed for products with the gates' gradients from the left, per direction
   T* da;                 // [D, T, B, 4H] gradients of the pre-activations
-  T *dh, *dc;            // [D, B, H] what reaches h and c from later steps
+  T *dh, *dc;            // [D, B, H], rows padded to whole panels: what reaches h and c from later steps
   T* outer;              // per member: scratch of multiply_outer
 
   explicit LstmBackwardPass(const LstmBackward<T>& call) : LstmBackward<T>(call) {}
@@ -272,7 +272,7 @@ struct LstmBackwardPass : LstmBackward<T> {
   int64_t outer_elements() const { return Arena<T>::padded(scratch_for_outer<T>(std::max(I, H))); }
 
   int64_t scratch(int members) const {
-    return D * (panel_elements(hidden) + (this->dx ? panel_elements(input) : 0) + T_ * B * G + 2 * B * H) +
+    return D * (panel_elements(hidden) + (this->dx ? panel_elements(input) : 0) + T_ * B * G + 2 * B * width) +
            members * outer_elements() + 5 * 16;
   }
 
@@ -280,8 +280,8 @@ struct LstmBackwardPass : LstmBackward<T> {
     w_hh = arena.take(D * panel_elements(hidden));
     w_ih = this->dx ? arena.take(D * panel_elements(input)) : nullptr;
     da = arena.take(D * T_ * B * G);
-    dh = arena.take(D * B * H);
-    dc = arena.take(D * B * H);
+    dh = arena.take(D * B * width);
+    dc = arena.take(D * B * width);
     outer = arena.take(members * outer_elements());
   }
 
@@ -301,9 +301,9 @@ struct LstmBackwardPass : LstmBackward<T> {
         pack_rows<T>(hidden, begin, end, [&](int64_t k) { return w + k * H; }, G, w_hh + d * panel_elements(hidden));
       }
       each_row(my, [&](int64_t b, int64_t u, int64_t count) {
-        const int64_t at = (d * B + b) * H + u;
-        memcpy(dh + at, this->dh_n + at, count * sizeof(T));
-        memcpy(dc + at, this->dc_n + at, count * sizeof(T));
+        const int64_t row = d * B + b;
+        memcpy(dh + row * width + u, this->dh_n + row * H + u, count * sizeof(T));
+        memcpy(dc + row * width + u, this->dc_n + row * H + u, count * sizeof(T));
       });
     }
     if (this->dx) {
@@ -323,9 +323,9 @@ struct LstmBackwardPass : LstmBackward<T> {
     if (state)
       for (int64_t d = my.direction; d < my.direction_end; ++d)
         each_row(my, [&](int64_t b, int64_t u, int64_t count) {
-          const int64_t at = (d * B + b) * H + u;
-          memcpy(this->dh0 + at, dh + at, count * sizeof(T));
-          memcpy(this->dc0 + at, dc + at, count * sizeof(T));
+          const int64_t row = d * B + b;
+          memcpy(this->dh0 + row * H + u, dh + row * width + u, count * sizeof(T));
+          memcpy(this->dc0 + row * H + u, dc + row * width + u, count * sizeof(T));
         });
     team.barrier(my.rank, 0, members);
     if (this->dx) input_backward(my.rank, members);
@@ -334,7 +334,7 @@ struct LstmBackwardPass : LstmBackward<T> {
 
   // body(row, first unit, count) for every row of my rectangle.
   template <typename Body>
-  void each_row(const Share& my, const Body& body) const {
+  FASTSEQ_INLINE void each_row(const Share& my, const Body& body) const {
     const int64_t u = std::min(H, my.block * kPanel<T>), end = std::min(H, my.block_end * kPanel<T>);
     for (int64_t b = my.row; b < my.row_end; ++b) body(b, u, end - u);
   }
@@ -349,8 +349,8 @@ struct LstmBackwardPass : LstmBackward<T> {
       const T* before = s > 0 ? this->cells + ((d * T_ + step(d, s - 1)) * B + b) * H
                               : this->c0 ? this->c0 + (d * B + b) * H : nullptr;
       T* da = da_of(d, t) + b * G;
-      T* dc_row = dc + (d * B + b) * H;
-      const T* dh_row = dh + (d * B + b) * H;
+      T* dc_row = dc + (d * B + b) * width;
+      const T* dh_row = dh + (d * B + b) * width;
       for (int64_t u = first; u < first + count; u += kLanes<T>) {
         const int lanes = int(std::min<int64_t>(kLanes<T>, first + count - u));
         const Vec<T> i = load(gates + u, lanes), f = load(gates + H + u, lanes), g = load(gates + 2 * H + u, lanes),
@@ -369,9 +369,18 @@ struct LstmBackwardPass : LstmBackward<T> {
 
   // dh_{t-1} = W_hh^T da_t, for my rows and units.
   void state_backward(int64_t d, int64_t s, const Share& my) const {
-    multiply<T>({w_hh + d * panel_elements(hidden), G}, hidden, my.block, my.block_end,
-                {da_of(d, step(d, s)) + my.row * G, G}, my.row_end - my.row, dh + (d * B + my.row) * H, H,
-                [](const T*, int64_t, int, int) { return Vec<T>{}; });
+    const Packed<T> w{w_hh + d * panel_elements(hidden), G};
+    for (int64_t row = my.row; row < my.row_end; row += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, my.row_end - row);
+      T* result = dh + (d * B + row) * width;
+      // In groups of panels, as many as a tile of few rows wants.
+      constexpr int64_t kGroup = 4;
+      to_and_fro(0, (my.block_end - my.block + kGroup - 1) / kGroup, s % 2, [&](int64_t group, int64_t next) {
+        const int64_t panel = my.block + group * kGroup;
+        multiply_panels<T>(w, panel, std::min(kGroup, my.block_end - panel), my.block + next * kGroup,
+                           {da_of(d, step(d, s)) + row * G, G}, rows, result + panel * kPanel<T>, width, false);
+      });
+    }
   }
 
   void input_backward(int rank, int members) const {

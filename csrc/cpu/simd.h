@@ -121,12 +121,45 @@ FASTSEQ_INLINE void expm1_parts(Vec<T> x, Vec<T>& scale, Vec<T>& part) {
   memcpy(&scale, &bits, sizeof scale);
 }
 
-// Comparisons with NaN are false, so NaN passes through.
+// The smaller and the larger of two, as x86 defines them: b where one is NaN.
 template <typename T>
-FASTSEQ_INLINE Vec<T> clamp(Vec<T> x, T limit) {
-  const Vec<T> high = limit - Vec<T>{}, low = -high;
-  x = x > high ? high : x;
-  return x < low ? low : x;
+FASTSEQ_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
+#if FASTSEQ_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return _mm256_min_ps(a, b);
+  else
+    return _mm256_min_pd(a, b);
+#elif FASTSEQ_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return _mm512_min_ps(a, b);
+  else
+    return _mm512_min_pd(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+template <typename T>
+FASTSEQ_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if FASTSEQ_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return _mm256_max_ps(a, b);
+  else
+    return _mm256_max_pd(a, b);
+#elif FASTSEQ_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return _mm512_max_ps(a, b);
+  else
+    return _mm512_max_pd(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <typename T>
+FASTSEQ_INLINE Vec<T> clamp(Vec<T> x, T limit) {  // NaN passes through
+  const Vec<T> high = limit - Vec<T>{};
+  return larger<T>(-high, smaller<T>(high, x));
 }
 
 // Within 3 ulp of the exact value where that is at least exp(-kLimit).
