@@ -19,7 +19,7 @@ constexpr int64_t kRowsPerThread = 8;
 constexpr int64_t kUnpackedRows = 8;
 // The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they are
 // used (256 KB), but for at least so many rows that the weights' way from memory does not count.
-constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = kBlockRows;
+constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 2 * kBlockRows;
 
 // What one member of the team does: rows [row, row_end) of the batch and blocks [block, block_end) of the units, for
 // directions [direction, direction_end), in step with the members [first, first + count) when `waits`.
