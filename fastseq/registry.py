@@ -21,7 +21,10 @@ from fastseq import native
 FLOATS = frozenset({torch.float32, torch.float64})
 HALF = frozenset({torch.float16, torch.bfloat16})
 
-_requested: ContextVar[str | None] = ContextVar("fastseq_backend", default=None)
+# The implementation asked for by name: FASTSEQ_BACKEND as it was at import, or that of the enclosing use_backend.
+_requested: ContextVar[str | None] = ContextVar(
+    "fastseq_backend", default=os.environ.get("FASTSEQ_BACKEND") or None
+)
 
 
 class Kernel(Protocol):
@@ -174,9 +177,7 @@ def check_backend_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}; the known ones are {', '.join(known_backends())}")
 
 
-def requested_backend() -> str | None:
-    """The implementation asked for by name: by `use_backend`, else by FASTSEQ_BACKEND, else None."""
-    return _requested.get() or os.environ.get("FASTSEQ_BACKEND") or None
+requested_backend = _requested.get  # None where nothing was asked for
 
 
 @contextmanager

@@ -31,9 +31,9 @@ struct Inputs {
   int64_t T, B, I, H, D, per_direction;
   ScalarType dtype;
 
-  Inputs(const Tensor& x_, const std::optional<Tensor>& h0_, const std::optional<Tensor>& c0_,
-         const std::vector<Tensor>& weights_, bool bidirectional)
-      : x(x_), h0(h0_), c0(c0_), weights(weights_) {
+  Inputs(Tensor x_, std::optional<Tensor> h0_, std::optional<Tensor> c0_, std::vector<Tensor> weights_,
+         bool bidirectional)
+      : x(std::move(x_)), h0(std::move(h0_)), c0(std::move(c0_)), weights(std::move(weights_)) {
     STD_TORCH_CHECK(x.dim() == 3, "lstm: x must be [T, B, I]");
     dtype = x.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "lstm: x must be float32 or float64");
@@ -76,14 +76,14 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& x, std::optional<Tensor> h0,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(Tensor x, std::optional<Tensor> h0,
                                                         std::optional<Tensor> c0, std::vector<Tensor> weights,
                                                         bool bidirectional, bool save_tape) {
-  const Inputs in(x, h0, c0, weights, bidirectional);
+  const Inputs in(std::move(x), std::move(h0), std::move(c0), std::move(weights), bidirectional);
   const auto [T, B, H, D] = std::tuple(in.T, in.B, in.H, in.D);
   Tensor y = empty({T, B, D * H}, in.dtype), h_n = empty({D, B, H}, in.dtype), c_n = empty({D, B, H}, in.dtype);
-  Tensor gates = save_tape ? empty({D, T, B, 4 * H}, in.dtype) : empty({0}, in.dtype);
-  Tensor cells = save_tape ? empty({D, T, B, H}, in.dtype) : empty({0}, in.dtype);
+  Tensor gates = save_tape ? empty({D, T, B, 4 * H}, in.dtype) : nothing(in.dtype);
+  Tensor cells = save_tape ? empty({D, T, B, H}, in.dtype) : nothing(in.dtype);
 
   const auto run = [&](auto zero, auto kernel) {
     using Scalar = decltype(zero);
@@ -102,10 +102,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& x, std::op
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
-    const Tensor& dy_, const Tensor& dh_n_, const Tensor& dc_n_, const Tensor& x, std::optional<Tensor> h0,
+    const Tensor& dy_, const Tensor& dh_n_, const Tensor& dc_n_, Tensor x, std::optional<Tensor> h0,
     std::optional<Tensor> c0, std::vector<Tensor> weights, bool bidirectional, const Tensor& y_, const Tensor& gates_,
     const Tensor& cells_, std::vector<bool> needs) {
-  const Inputs in(x, h0, c0, weights, bidirectional);
+  const Inputs in(std::move(x), std::move(h0), std::move(c0), std::move(weights), bidirectional);
   const auto [T, B, I, H, D] = std::tuple(in.T, in.B, in.I, in.H, in.D);
   check(dy_, "dy", {T, B, D * H}, in.dtype);
   check(dh_n_, "dh_n", {D, B, H}, in.dtype);
@@ -113,18 +113,18 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
   check(y_, "y", {T, B, D * H}, in.dtype);
   check(gates_, "gates", {D, T, B, 4 * H}, in.dtype);
   check(cells_, "cells", {D, T, B, H}, in.dtype);
-  STD_TORCH_CHECK(needs.size() == 3 + weights.size(), "lstm_backward: needs must hold a flag for x, h0, c0 and each weight");
+  STD_TORCH_CHECK(needs.size() == 3 + in.weights.size(), "lstm_backward: needs must hold a flag for x, h0, c0 and each weight");
   const Tensor dy = laid_out(dy_, true), dh_n = laid_out(dh_n_), dc_n = laid_out(dc_n_), y = laid_out(y_),
                gates = laid_out(gates_), cells = laid_out(cells_);
 
   const bool state = needs[1] || needs[2];
-  Tensor dx = needs[0] ? empty({T, B, I}, in.dtype) : empty({0}, in.dtype);
-  Tensor dh0 = state ? empty({D, B, H}, in.dtype) : empty({0}, in.dtype);
-  Tensor dc0 = state ? empty({D, B, H}, in.dtype) : empty({0}, in.dtype);
+  Tensor dx = needs[0] ? empty({T, B, I}, in.dtype) : nothing(in.dtype);
+  Tensor dh0 = state ? empty({D, B, H}, in.dtype) : nothing(in.dtype);
+  Tensor dc0 = state ? empty({D, B, H}, in.dtype) : nothing(in.dtype);
   std::vector<Tensor> dweights;
-  for (size_t k = 0; k < weights.size(); ++k) {
+  for (size_t k = 0; k < in.weights.size(); ++k) {
     const int64_t kind = int64_t(k) % in.per_direction;
-    dweights.push_back(!needs[3 + k] ? empty({0}, in.dtype)
+    dweights.push_back(!needs[3 + k] ? nothing(in.dtype)
                        : kind == 0   ? empty({4 * H, I}, in.dtype)
                        : kind == 1   ? empty({4 * H, H}, in.dtype)
                                      : empty({4 * H}, in.dtype));

@@ -1,5 +1,5 @@
 """The ops: per file one op's contract, its table of implementations and its test cases."""
 
-from fastseq.ops.lstm import lstm
+from fastseq.ops import lstm
 
 __all__ = ["lstm"]

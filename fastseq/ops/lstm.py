@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastseq.ops.contract import LIBRARY, below_autograd, grads_or_none
+from fastseq.ops.contract import LIBRARY, below_autograd, grads_or_none, is_plain, needs_graph
 from fastseq.reference import lstm as reference
 from fastseq.registry import FLOATS, Impl, Kernel, Op, register
 
@@ -100,8 +100,16 @@ def lstm(
         ValueError: a shape or a dtype is not as above; the message names the argument.
     """
     _check(x, h0, c0, weights, bidirectional)
-    y, h_n, c_n, _, _ = torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, False)
-    return y, h_n, c_n
+    return call(x, h0, c0, weights, bidirectional)
+
+
+def call(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bidirectional: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lstm` for arguments that have been checked."""
+    if is_plain(x) and not needs_graph(x, h0, c0, *weights):
+        return _forward(x, h0, c0, weights, bidirectional, False)[:3]
+    return torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, False)[:3]
 
 
 def _check(
@@ -236,7 +244,7 @@ class _Lstm(torch.autograd.Function):
 
 
 def _autograd(x, h0, c0, weights, bidirectional, save_tape):  # type: ignore[no-untyped-def]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+    if needs_graph(x, h0, c0, *weights):
         return _Lstm.apply(x, h0, c0, bidirectional, *weights)
     with below_autograd():
         return torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, save_tape)
