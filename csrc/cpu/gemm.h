@@ -131,8 +131,13 @@ void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, i
   }
 }
 
-// Rows of the left-hand matrix that are worked on at once, so that they stay in the L2 cache while the panels pass.
-constexpr int64_t kBlockRows = 96;
+// How many rows of the left-hand matrix are worked on at once, so that they stay in the L2 cache (192 KB of it) while the
+// panels pass.
+constexpr int64_t kMostBlockRows = 16 * kTileRows;
+template <typename T>
+int64_t block_rows(int64_t K) {
+  return std::max<int64_t>(2, std::min<int64_t>(16, 192 * 1024 / (K * sizeof(T) * kTileRows))) * kTileRows;
+}
 
 // sums[rows][width] (+)= left[rows][K] times `count` panels from `panel` on, in tiles of as equal a height as possible. Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the
 // rows pass, and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first
@@ -174,9 +179,10 @@ template <typename T, typename Start>
 void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int64_t last, Left<T> left, int64_t rows,
               T* result, int64_t result_stride, const Start& start) {
   constexpr int64_t kPanelsAtOnce = 2;
-  T sums[kBlockRows * kPanelsAtOnce * kPanel<T>];
-  for (int64_t row = 0; row < rows; row += kBlockRows) {
-    const int64_t height = std::min(kBlockRows, rows - row);
+  T sums[kMostBlockRows * kPanelsAtOnce * kPanel<T>];
+  const int64_t most = block_rows<T>(w.K);
+  for (int64_t row = 0; row < rows; row += most) {
+    const int64_t height = std::min(most, rows - row);
     for (int64_t panel = first; panel < last; panel += kPanelsAtOnce) {
       const int64_t count = std::min(kPanelsAtOnce, last - panel);
       const int64_t next = panel + count < last ? panel + count : first;
@@ -197,7 +203,7 @@ void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int6
 
 // result[m][n] (+)= sum over k < K of left(k)[m] * right(k)[n], for m in [begin, end) and n < columns: the gradient of a
 // weight. `left` and `right` give rows; `scratch` holds scratch_for_outer(columns) elements.
-constexpr int64_t kOuterDepth = 256, kOuterRows = 16 * kTileRows;
+constexpr int64_t kOuterDepth = 384, kOuterRows = 16 * kTileRows;
 
 template <typename T>
 int64_t scratch_for_outer(int64_t columns) {
@@ -219,8 +225,10 @@ void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int
       const int64_t rows = std::min(kOuterRows, end - m0);
       for (int64_t k = 0; k < depth; ++k) {
         const T* row = left(k0 + k) + m0;
-        for (int64_t m = 0; m < rows; ++m)
-          packed_left[(m / kTileRows * depth + k) * kTileRows + m % kTileRows] = row[m];
+        T* target = packed_left + k * kTileRows;
+        int64_t m = 0;
+        for (; m + kTileRows <= rows; m += kTileRows, target += depth * kTileRows) memcpy(target, row + m, kTileRows * sizeof(T));
+        for (int64_t i = 0; m + i < rows; ++i) target[i] = row[m + i];
       }
       for (int64_t panel = 0; panel < plain.panels(); ++panel) {
         for (int64_t m = 0; m < rows; m += kTileRows)

@@ -19,7 +19,7 @@ constexpr int64_t kRowsPerThread = 8;
 constexpr int64_t kUnpackedRows = 8;
 // The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they are
 // used (256 KB), but for at least so many rows that the weights' way from memory does not count.
-constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 2 * kBlockRows;
+constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 192;
 
 // What one member of the team does: rows [row, row_end) of the batch and blocks [block, block_end) of the units, for
 // directions [direction, direction_end), in step with the members [first, first + count) when `waits`.
@@ -161,10 +161,11 @@ struct LstmForwardPass : LstmForward<T> {
     const int64_t earliest = d == 0 ? from : to - 1, steps = to - from, batch = my.row_end - my.row;
     const T* x = this->x + step(d, earliest) * this->x_t + my.row * this->x_b;
     const auto rows = [&](int64_t first, int64_t x_row, int64_t offset, int64_t count) {
-      for (int64_t row = 0; row < count; row += kBlockRows)
+      const int64_t most = block_rows<T>(I);
+      for (int64_t row = 0; row < count; row += most)
         for (int64_t block = my.block; block < my.block_end; ++block)
           multiply_panels<T>(w, 4 * block, 4, 4 * (block + 1 < my.block_end ? block + 1 : my.block),
-                             {x + first + row * x_row, x_row}, std::min(kBlockRows, count - row),
+                             {x + first + row * x_row, x_row}, std::min(most, count - row),
                              sums_of(d, block, earliest) + (offset + row) * kBlock, kBlock, false);
     };
     if (batch == B && this->x_t == B * this->x_b)  // all rows are evenly spaced
@@ -180,8 +181,9 @@ struct LstmForwardPass : LstmForward<T> {
     const T* h = s > 0 ? this->y + step(d, s - 1) * B * D * H + d * H : this->h0 ? this->h0 + d * B * H : nullptr;
     const int64_t h_row = s > 0 ? D * H : H;
     const Packed<T> w{w_hh + d * panel_elements() * H, H};
-    for (int64_t row = my.row; row < my.row_end; row += kBlockRows) {
-      const int64_t row_end = std::min(my.row_end, row + kBlockRows);
+    const int64_t most = block_rows<T>(H);
+    for (int64_t row = my.row; row < my.row_end; row += most) {
+      const int64_t row_end = std::min(my.row_end, row + most);
       to_and_fro(my.block, my.block_end, s % 2, [&](int64_t block, int64_t next) {
         T* a = sums_of(d, block, s) + row * kBlock;
         if (unpacked)
@@ -343,35 +345,36 @@ struct LstmBackwardPass : LstmBackward<T> {
   void gates_backward(int64_t d, int64_t s, const Share& my) const {
     const int64_t t = step(d, s);
     each_row(my, [&](int64_t b, int64_t first, int64_t count) {
-      const T* dy = this->dy + t * this->dy_t + b * this->dy_b + d * H;
-      const T* gates = this->gates + ((d * T_ + t) * B + b) * G;
-      const T* cells = this->cells + ((d * T_ + t) * B + b) * H;
+      const int64_t at = (d * T_ + t) * B + b;
       const T* before = s > 0 ? this->cells + ((d * T_ + step(d, s - 1)) * B + b) * H
                               : this->c0 ? this->c0 + (d * B + b) * H : nullptr;
-      T* da = da_of(d, t) + b * G;
-      T* dc_row = dc + (d * B + b) * width;
-      const T* dh_row = dh + (d * B + b) * width;
-      for (int64_t u = first; u < first + count; u += kLanes<T>) {
-        const int lanes = int(std::min<int64_t>(kLanes<T>, first + count - u));
+      const T *dy = this->dy + t * this->dy_t + b * this->dy_b + d * H, *gates = this->gates + at * G,
+              *cells = this->cells + at * H, *dh_row = dh + (d * B + b) * width;
+      T *da_row = da + at * G, *dc_row = dc + (d * B + b) * width;
+      const auto units = [&](int64_t u, int lanes) __attribute__((always_inline)) {
         const Vec<T> i = load(gates + u, lanes), f = load(gates + H + u, lanes), g = load(gates + 2 * H + u, lanes),
                      o = load(gates + 3 * H + u, lanes), s_t = tanh<T>(load(cells + u, lanes)),
                      c_before = before ? load(before + u, lanes) : Vec<T>{};
         const Vec<T> dh_t = load(dh_row + u, lanes) + load(dy + u, lanes);
         const Vec<T> dc_t = load(dc_row + u, lanes) + dh_t * o * (T(1) - s_t * s_t);
-        store(da + u, dc_t * g * (i * (T(1) - i)), lanes);
-        store(da + H + u, dc_t * c_before * (f * (T(1) - f)), lanes);
-        store(da + 2 * H + u, dc_t * i * (T(1) - g * g), lanes);
-        store(da + 3 * H + u, dh_t * s_t * (o * (T(1) - o)), lanes);
+        store(da_row + u, dc_t * g * (i * (T(1) - i)), lanes);
+        store(da_row + H + u, dc_t * c_before * (f * (T(1) - f)), lanes);
+        store(da_row + 2 * H + u, dc_t * i * (T(1) - g * g), lanes);
+        store(da_row + 3 * H + u, dh_t * s_t * (o * (T(1) - o)), lanes);
         store(dc_row + u, dc_t * f, lanes);
-      }
+      };
+      int64_t u = first;
+      for (; u + kLanes<T> <= first + count; u += kLanes<T>) units(u, kLanes<T>);
+      if (u < first + count) units(u, int(first + count - u));
     });
   }
 
   // dh_{t-1} = W_hh^T da_t, for my rows and units.
   void state_backward(int64_t d, int64_t s, const Share& my) const {
     const Packed<T> w{w_hh + d * panel_elements(hidden), G};
-    for (int64_t row = my.row; row < my.row_end; row += kBlockRows) {
-      const int64_t rows = std::min(kBlockRows, my.row_end - row);
+    const int64_t most = block_rows<T>(G);
+    for (int64_t row = my.row; row < my.row_end; row += most) {
+      const int64_t rows = std::min(most, my.row_end - row);
       T* result = dh + (d * B + row) * width;
       // In groups of panels, as many as a tile of few rows wants.
       constexpr int64_t kGroup = 4;
@@ -411,12 +414,14 @@ struct LstmBackwardPass : LstmBackward<T> {
           multiply_outer<T>(left(step(d, 0) * B), [&](int64_t k) { return this->h0 + (d * B + k) * H; }, B, begin, end, H,
                             dw.w_hh, true, scratch);
       }
-      for (T* bias : {dw.b_ih, dw.b_hh}) {
-        if (!bias) continue;
-        std::fill(bias + begin, bias + end, T(0));
-        for (int64_t k = 0; k < rows; ++k)
-          for (int64_t m = begin; m < end; ++m) bias[m] += da_of(d, 0)[k * G + m];
+      T* bias = dw.b_ih ? dw.b_ih : dw.b_hh;
+      if (!bias) continue;
+      std::fill(bias + begin, bias + end, T(0));
+      for (int64_t k = 0; k < rows; ++k) {
+        const T* row = da_of(d, 0) + k * G;
+        for (int64_t m = begin; m < end; ++m) bias[m] += row[m];
       }
+      if (dw.b_ih && dw.b_hh) std::copy(bias + begin, bias + end, dw.b_hh + begin);
     }
   }
 };

@@ -25,10 +25,12 @@ class LSTM(torch.nn.LSTM):
 
     def why_torch(self) -> str | None:
         """Why this layer takes torch's path whatever its input, or None."""
+        weight = getattr(self, self._flat_weights_names[0])
+        return self._why_torch_on(weight.device.type, weight.dtype)
+
+    def _why_torch_on(self, device: str, dtype: torch.dtype) -> str | None:
         if self.proj_size > 0:
             return "proj_size has no kernel yet"
-        weight = getattr(self, self._flat_weights_names[0])
-        device, dtype = weight.device.type, weight.dtype
         if not _is_served("lstm", device, dtype):
             return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
         return None
@@ -37,9 +39,10 @@ class LSTM(torch.nn.LSTM):
         """See `torch.nn.LSTM`: `input` [T, B, I], [B, T, I] if batch_first, or [T, I]; `hx` a pair (h_0, c_0)."""
         if isinstance(input, PackedSequence):
             return self._torch_forward("packed input has no kernel yet", input, hx)
-        if torch.is_autocast_enabled(input.device.type):
-            return self._torch_forward("autocast has no kernel yet", input, hx)
-        reason = self.why_torch()
+        device = input.device.type
+        reason = self._why_torch_on(device, input.dtype)
+        if torch.is_autocast_enabled(device):
+            reason = "autocast has no kernel yet"
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
