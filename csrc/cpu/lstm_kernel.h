@@ -19,7 +19,7 @@ constexpr int64_t kRowsPerThread = 8;
 constexpr int64_t kUnpackedRows = 8;
 // The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they are
 // used (256 KB), but for at least so many rows that the weights' way from memory does not count.
-constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 192;
+constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 96;
 
 // What one member of the team does: rows [row, row_end) of the batch and blocks [block, block_end) of the units, for
 // directions [direction, direction_end), in step with the members [first, first + count) when `waits`.
@@ -256,46 +256,84 @@ void lstm_forward(const LstmForward<T>& call, Threads threads) {
   });
 }
 
+// Steps are taken back in chunks: da_t for every step of a chunk, one after the other, then what the chunk adds to the
+// gradients of the input and of the weights, as products over all of its rows at once.
 template <typename T>
 struct LstmBackwardPass : LstmBackward<T> {
   using Shape = LstmBackward<T>;
   using Shape::B, Shape::D, Shape::H, Shape::I, Shape::T_;
 
+  struct Chunk {  // steps [begin, end) in the order of each direction
+    int64_t begin, end;
+  };
+
   Columns<T> hidden{H, Columns<T>::kPlain}, input{I, Columns<T>::kPlain};
   int64_t G = 4 * H, width = hidden.panels() * kPanel<T>;
-  T *w_hh, *w_ih;        // packed for products with the gates' gradients from the left, per direction
-  T* da;                 // [D, T, B, 4H] gradients of the pre-activations
-  T *dh, *dc;            // [D, B, H], rows padded to whole panels: what reaches h and c from later steps
-  T* outer;              // per member: scratch of multiply_outer
+  int64_t chunk;   // the most steps of a chunk
+  T *w_hh, *w_ih;  // packed for products with the gates' gradients from the left, per direction
+  T* da;           // [D, chunk, B, 4H] gradients of the pre-activations, in the order of time
+  T *dh, *dc;      // [D, B, H], rows padded to whole panels: what reaches h and c from later steps
+  T* outer;        // per member: scratch of multiply_outer
 
-  explicit LstmBackwardPass(const LstmBackward<T>& call) : LstmBackward<T>(call) {}
+  explicit LstmBackwardPass(const LstmBackward<T>& call) : LstmBackward<T>(call) {
+    chunk = std::max<int64_t>(1, std::min(T_, kOuterDepth / std::max<int64_t>(B, 1)));
+  }
 
   int64_t panel_elements(const Columns<T>& columns) const { return columns.panels() * G * kPanel<T>; }
   int64_t outer_elements() const { return Arena<T>::padded(scratch_for_outer<T>(std::max(I, H))); }
 
   int64_t scratch(int members) const {
-    return D * (panel_elements(hidden) + (this->dx ? panel_elements(input) : 0) + T_ * B * G + 2 * B * width) +
-           members * outer_elements() + 5 * 16;
+    return D * (panel_elements(hidden) + (this->dx ? panel_elements(input) : 0) + chunk * B * G + 2 * B * width) +
+           members * outer_elements() + 6 * 16;
   }
 
   void take(Arena<T>& arena, int members) {
     w_hh = arena.take(D * panel_elements(hidden));
     w_ih = this->dx ? arena.take(D * panel_elements(input)) : nullptr;
-    da = arena.take(D * T_ * B * G);
+    da = arena.take(D * chunk * B * G);
     dh = arena.take(D * B * width);
     dc = arena.take(D * B * width);
     outer = arena.take(members * outer_elements());
   }
 
   int64_t step(int64_t d, int64_t s) const { return d == 0 ? s : T_ - 1 - s; }
-  T* da_of(int64_t d, int64_t t) const { return da + (d * T_ + t) * B * G; }
+  int64_t earliest(int64_t d, Chunk c) const { return std::min(step(d, c.begin), step(d, c.end - 1)); }
+  T* da_of(int64_t d, Chunk c, int64_t s) const { return da + (d * chunk + step(d, s) - earliest(d, c)) * B * G; }
 
   void run(const Share& my, Team& team) const {
     const int members = team.size();
     // With nobody to ask for dh0, the last product is not needed, nor is W_hh if there is no other.
     const bool state = this->dh0 != nullptr;
+    prepare(my, members, T_ > 1 || state);
+    team.barrier(my.rank, 0, members);
+    for (int64_t end = T_; end > 0; end -= (end - 1) % chunk + 1) {
+      const Chunk c{(end - 1) / chunk * chunk, end};
+      for (int64_t s = c.end - 1; s >= c.begin; --s) {
+        for (int64_t d = my.direction; d < my.direction_end; ++d) gates_backward(d, c, s, my);
+        if (my.waits) team.barrier(my.rank, my.first, my.count);
+        if (s == 0 && !state) break;
+        for (int64_t d = my.direction; d < my.direction_end; ++d) state_backward(d, c, s, my);
+      }
+      team.barrier(my.rank, 0, members);
+      for (int64_t d = 0; d < D; ++d) {
+        if (this->dx) input_backward(d, c, my.rank, members);
+        weights_backward(d, c, my.rank, members);
+        if (D == 2) team.barrier(my.rank, 0, members);  // both directions add to the same rows of dx
+      }
+      if (D == 1 && c.begin > 0) team.barrier(my.rank, 0, members);  // da is about to be written again
+    }
+    if (state)
+      for (int64_t d = my.direction; d < my.direction_end; ++d)
+        each_row(my, [&](int64_t b, int64_t u, int64_t count) {
+          const int64_t row = d * B + b;
+          memcpy(this->dh0 + row * H + u, dh + row * width + u, count * sizeof(T));
+          memcpy(this->dc0 + row * H + u, dc + row * width + u, count * sizeof(T));
+        });
+  }
+
+  void prepare(const Share& my, int members, bool recurrent) const {
     for (int64_t d = my.direction; d < my.direction_end; ++d) {
-      if (T_ > 1 || state) {
+      if (recurrent) {
         const int64_t member = my.rank - my.first, panels = hidden.panels();
         const int64_t begin = my.waits ? my.block : panels * member / my.count;
         const int64_t end = my.waits ? my.block_end : panels * (member + 1) / my.count;
@@ -308,30 +346,14 @@ struct LstmBackwardPass : LstmBackward<T> {
         memcpy(dc + row * width + u, this->dc_n + row * H + u, count * sizeof(T));
       });
     }
-    if (this->dx) {
-      const int64_t panels = input.panels(), begin = panels * my.rank / members, end = panels * (my.rank + 1) / members;
-      for (int64_t d = 0; d < D; ++d) {
-        const T* w = this->weights[d].w_ih;
-        pack_rows<T>(input, begin, end, [&](int64_t k) { return w + k * I; }, G, w_ih + d * panel_elements(input));
-      }
+    if (!this->dx) return;
+    const int64_t panels = input.panels(), begin = panels * my.rank / members, end = panels * (my.rank + 1) / members;
+    for (int64_t d = 0; d < D; ++d) {
+      const T* w = this->weights[d].w_ih;
+      pack_rows<T>(input, begin, end, [&](int64_t k) { return w + k * I; }, G, w_ih + d * panel_elements(input));
     }
-    if (!my.waits) team.barrier(my.rank, my.first, my.count);
-    for (int64_t s = T_ - 1; s >= 0; --s) {
-      for (int64_t d = my.direction; d < my.direction_end; ++d) gates_backward(d, s, my);
-      if (my.waits) team.barrier(my.rank, my.first, my.count);
-      if (s == 0 && !state) break;
-      for (int64_t d = my.direction; d < my.direction_end; ++d) state_backward(d, s, my);
-    }
-    if (state)
-      for (int64_t d = my.direction; d < my.direction_end; ++d)
-        each_row(my, [&](int64_t b, int64_t u, int64_t count) {
-          const int64_t row = d * B + b;
-          memcpy(this->dh0 + row * H + u, dh + row * width + u, count * sizeof(T));
-          memcpy(this->dc0 + row * H + u, dc + row * width + u, count * sizeof(T));
-        });
-    team.barrier(my.rank, 0, members);
-    if (this->dx) input_backward(my.rank, members);
-    weights_backward(my.rank, members);
+    const int64_t elements = T_ * B * I;
+    if (D == 2) std::fill(this->dx + elements * my.rank / members, this->dx + elements * (my.rank + 1) / members, T(0));
   }
 
   // body(row, first unit, count) for every row of my rectangle.
@@ -342,7 +364,7 @@ struct LstmBackwardPass : LstmBackward<T> {
   }
 
   // da_t from dh_t and dc_t, which becomes dc_{t-1}.
-  void gates_backward(int64_t d, int64_t s, const Share& my) const {
+  void gates_backward(int64_t d, Chunk c, int64_t s, const Share& my) const {
     const int64_t t = step(d, s);
     each_row(my, [&](int64_t b, int64_t first, int64_t count) {
       const int64_t at = (d * T_ + t) * B + b;
@@ -350,7 +372,7 @@ struct LstmBackwardPass : LstmBackward<T> {
                               : this->c0 ? this->c0 + (d * B + b) * H : nullptr;
       const T *dy = this->dy + t * this->dy_t + b * this->dy_b + d * H, *gates = this->gates + at * G,
               *cells = this->cells + at * H, *dh_row = dh + (d * B + b) * width;
-      T *da_row = da + at * G, *dc_row = dc + (d * B + b) * width;
+      T *da_row = da_of(d, c, s) + b * G, *dc_row = dc + (d * B + b) * width;
       const auto units = [&](int64_t u, int lanes) __attribute__((always_inline)) {
         const Vec<T> i = load(gates + u, lanes), f = load(gates + H + u, lanes), g = load(gates + 2 * H + u, lanes),
                      o = load(gates + 3 * H + u, lanes), s_t = tanh<T>(load(cells + u, lanes)),
@@ -370,7 +392,7 @@ struct LstmBackwardPass : LstmBackward<T> {
   }
 
   // dh_{t-1} = W_hh^T da_t, for my rows and units.
-  void state_backward(int64_t d, int64_t s, const Share& my) const {
+  void state_backward(int64_t d, Chunk c, int64_t s, const Share& my) const {
     const Packed<T> w{w_hh + d * panel_elements(hidden), G};
     const int64_t most = block_rows<T>(G);
     for (int64_t row = my.row; row < my.row_end; row += most) {
@@ -381,49 +403,50 @@ struct LstmBackwardPass : LstmBackward<T> {
       to_and_fro(0, (my.block_end - my.block + kGroup - 1) / kGroup, s % 2, [&](int64_t group, int64_t next) {
         const int64_t panel = my.block + group * kGroup;
         multiply_panels<T>(w, panel, std::min(kGroup, my.block_end - panel), my.block + next * kGroup,
-                           {da_of(d, step(d, s)) + row * G, G}, rows, result + panel * kPanel<T>, width, false);
+                           {da_of(d, c, s) + row * G, G}, rows, result + panel * kPanel<T>, width, false);
       });
     }
   }
 
-  void input_backward(int rank, int members) const {
-    const int64_t rows = T_ * B, begin = rows * rank / members, end = rows * (rank + 1) / members;
-    for (int64_t d = 0; d < D; ++d)
-      multiply<T>({w_ih + d * panel_elements(input), G}, input, 0, input.panels(), {da_of(d, 0) + begin * G, G}, end - begin,
-                  this->dx + begin * I, I,
-                  [d](const T* out, int64_t, int, int lanes) { return d == 0 ? Vec<T>{} : load(out, lanes); });
+  // dx_t (+)= W_ih^T da_t for the chunk's steps; each member does some rows.
+  void input_backward(int64_t d, Chunk c, int rank, int members) const {
+    const int64_t rows = (c.end - c.begin) * B, begin = rows * rank / members, end = rows * (rank + 1) / members;
+    multiply<T>({w_ih + d * panel_elements(input), G}, input, 0, input.panels(), {rows_of(d) + begin * G, G}, end - begin,
+                this->dx + (earliest(d, c) * B + begin) * I, I,
+                [this](const T* out, int64_t, int, int lanes) { return D == 2 ? load(out, lanes) : Vec<T>{}; });
   }
 
-  // Each member makes the gradients of its part of the 4H gates.
-  void weights_backward(int rank, int members) const {
-    const int64_t begin = G * rank / members, end = G * (rank + 1) / members, rows = T_ * B;
+  // The chunk's part of the weights' gradients; each member does some of the 4H gates.
+  void weights_backward(int64_t d, Chunk c, int rank, int members) const {
+    const int64_t begin = G * rank / members, end = G * (rank + 1) / members;
+    const int64_t rows = (c.end - c.begin) * B, t0 = earliest(d, c);
+    const bool add = c.end < T_;
+    const auto& dw = this->dweights[d];
+    const T* left = rows_of(d);
     T* scratch = outer + rank * outer_elements();
-    for (int64_t d = 0; d < D; ++d) {
-      const auto& dw = this->dweights[d];
-      const auto left = [&](int64_t first) { return [this, d, first](int64_t k) { return da_of(d, 0) + (first + k) * G; }; };
-      if (dw.w_ih)
-        multiply_outer<T>(left(0), [&](int64_t k) { return this->x + k / B * this->x_t + k % B * this->x_b; }, rows, begin,
-                          end, I, dw.w_ih, false, scratch);
-      if (dw.w_hh) {
-        // h_{t-1} is y one step earlier in the direction's order, and h0 at the first step.
-        const T* y = this->y + d * H;
-        const int64_t later = d == 0 ? B : 0, earlier = d == 0 ? 0 : B;
-        multiply_outer<T>(left(later), [&](int64_t k) { return y + (earlier + k) * D * H; }, rows - B, begin, end, H, dw.w_hh,
-                          false, scratch);
-        if (this->h0)
-          multiply_outer<T>(left(step(d, 0) * B), [&](int64_t k) { return this->h0 + (d * B + k) * H; }, B, begin, end, H,
-                            dw.w_hh, true, scratch);
-      }
-      T* bias = dw.b_ih ? dw.b_ih : dw.b_hh;
-      if (!bias) continue;
-      std::fill(bias + begin, bias + end, T(0));
-      for (int64_t k = 0; k < rows; ++k) {
-        const T* row = da_of(d, 0) + k * G;
-        for (int64_t m = begin; m < end; ++m) bias[m] += row[m];
-      }
-      if (dw.b_ih && dw.b_hh) std::copy(bias + begin, bias + end, dw.b_hh + begin);
+    if (dw.w_ih)
+      multiply_outer<T>([&](int64_t k) { return left + k * G; },
+                        [&](int64_t k) { return this->x + (t0 + k / B) * this->x_t + k % B * this->x_b; }, rows, begin, end, I,
+                        dw.w_ih, add, scratch);
+    if (dw.w_hh) {
+      // Beside da_t stands h_{t-1}: y one step earlier in the direction's order, or h0, which may be zeros and left out.
+      const int64_t none = c.begin == 0 && !this->h0 ? B : 0, skipped = d == 0 ? none : 0;
+      const auto before = [&](int64_t k) {
+        const int64_t t = t0 + (skipped + k) / B + (d == 0 ? -1 : 1), b = (skipped + k) % B;
+        return t < 0 || t == T_ ? this->h0 + (d * B + b) * H : this->y + (t * B + b) * D * H + d * H;
+      };
+      multiply_outer<T>([&](int64_t k) { return left + (skipped + k) * G; }, before, rows - none, begin, end, H, dw.w_hh, add,
+                        scratch);
     }
+    T* bias = dw.b_ih ? dw.b_ih : dw.b_hh;
+    if (!bias) return;
+    if (!add) std::fill(bias + begin, bias + end, T(0));
+    for (int64_t k = 0; k < rows; ++k)
+      for (int64_t m = begin; m < end; ++m) bias[m] += left[k * G + m];
+    if (c.begin == 0 && dw.b_ih && dw.b_hh) std::copy(bias + begin, bias + end, dw.b_hh + begin);
   }
+
+  const T* rows_of(int64_t d) const { return da + d * chunk * B * G; }
 };
 
 template <typename T>
