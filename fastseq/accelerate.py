@@ -82,14 +82,14 @@ class Explanation:
 
         if not self.rows:
             return "no sequence layers that fastseq knows"
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.MARKDOWN)  # in ASCII: it may be printed into anything
         for column in ("layer", "type", "served by", "note"):
             table.add_column(column, overflow="fold")
         for row in self.rows:
             table.add_row(row.layer, row.type, row.served_by, row.note)
         out = StringIO()
         Console(file=out, width=120).print(table)
-        return out.getvalue().rstrip()
+        return out.getvalue().strip()
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -100,7 +100,10 @@ def explain(model: nn.Module) -> Explanation:
         base = next((theirs for theirs in _DROP_INS if isinstance(module, theirs)), None)
         if base is not None:
             served_by, note = _serving(module, base)
-            rows.append(Row(name or "(the model)", type(module).__qualname__, served_by, note))
+            kind = f"{type(module).__module__.split('.')[0]}.nn.{type(module).__name__}"
+            if type(module) not in (base, _DROP_INS[base][0]):
+                kind = type(module).__qualname__
+            rows.append(Row(name or "(the model)", kind, served_by, note))
     return Explanation(rows)
 
 
@@ -113,18 +116,16 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
     assert isinstance(module, fastseq.nn.LSTM)
     weight = next(module.parameters())
     op, device, dtype = OPS[op_name], weight.device.type, weight.dtype
-    reason = module.why_torch()
-    if module.proj_size > 0:
-        return "torch", reason or ""
     chosen = op.candidates(device, dtype)[0]
     passed_over = [
-        f"{impl.name}: {why}"
+        f"{impl.name}: {reason}"
         for impl in op.impls[: op.impls.index(chosen)]
-        if (why := op.reason_against(impl, device, dtype)) is not None
+        if (reason := op.reason_against(impl, device, dtype)) is not None
     ]
+    reason = module.why_torch()
     if reason is not None:
-        return "torch", "; ".join(passed_over)
-    return chosen.name, "; ".join(["packed input and autocast take torch's path", *passed_over])
+        return "torch", "; ".join([reason, *passed_over])
+    return chosen.name, "; ".join([*passed_over, module.always_torch])
 
 
 def _require_module(model: object, function: str) -> None:

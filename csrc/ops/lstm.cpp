@@ -76,14 +76,25 @@ struct Inputs {
   }
 };
 
+// Stand for a tape that was not asked for: always the same empty tensors, since making one costs a microsecond.
+const Tensor& no_gates(ScalarType dtype) {
+  static const Tensor floats = empty({0}, ScalarType::Float), doubles = empty({0}, ScalarType::Double);
+  return dtype == ScalarType::Float ? floats : doubles;
+}
+
+const Tensor& no_cells(ScalarType dtype) {
+  static const Tensor floats = empty({0}, ScalarType::Float), doubles = empty({0}, ScalarType::Double);
+  return dtype == ScalarType::Float ? floats : doubles;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(Tensor x, std::optional<Tensor> h0,
                                                         std::optional<Tensor> c0, std::vector<Tensor> weights,
                                                         bool bidirectional, bool save_tape) {
   const Inputs in(std::move(x), std::move(h0), std::move(c0), std::move(weights), bidirectional);
   const auto [T, B, H, D] = std::tuple(in.T, in.B, in.H, in.D);
   Tensor y = empty({T, B, D * H}, in.dtype), h_n = empty({D, B, H}, in.dtype), c_n = empty({D, B, H}, in.dtype);
-  Tensor gates = save_tape ? empty({D, T, B, 4 * H}, in.dtype) : nothing(in.dtype);
-  Tensor cells = save_tape ? empty({D, T, B, H}, in.dtype) : nothing(in.dtype);
+  Tensor gates = save_tape ? empty({D, T, B, 4 * H}, in.dtype) : no_gates(in.dtype);
+  Tensor cells = save_tape ? empty({D, T, B, H}, in.dtype) : no_cells(in.dtype);
 
   const auto run = [&](auto zero, auto kernel) {
     using Scalar = decltype(zero);
@@ -118,13 +129,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
                gates = laid_out(gates_), cells = laid_out(cells_);
 
   const bool state = needs[1] || needs[2];
-  Tensor dx = needs[0] ? empty({T, B, I}, in.dtype) : nothing(in.dtype);
-  Tensor dh0 = state ? empty({D, B, H}, in.dtype) : nothing(in.dtype);
-  Tensor dc0 = state ? empty({D, B, H}, in.dtype) : nothing(in.dtype);
+  Tensor dx = needs[0] ? empty({T, B, I}, in.dtype) : empty({0}, in.dtype);
+  Tensor dh0 = state ? empty({D, B, H}, in.dtype) : empty({0}, in.dtype);
+  Tensor dc0 = state ? empty({D, B, H}, in.dtype) : empty({0}, in.dtype);
   std::vector<Tensor> dweights;
   for (size_t k = 0; k < in.weights.size(); ++k) {
     const int64_t kind = int64_t(k) % in.per_direction;
-    dweights.push_back(!needs[3 + k] ? nothing(in.dtype)
+    dweights.push_back(!needs[3 + k] ? empty({0}, in.dtype)
                        : kind == 0   ? empty({4 * H, I}, in.dtype)
                        : kind == 1   ? empty({4 * H, H}, in.dtype)
                                      : empty({4 * H}, in.dtype));

@@ -36,12 +36,6 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return made;
 }
 
-// Stands for an output that was not asked for: always the same empty tensor, since making one costs a microsecond.
-inline const Tensor& nothing(ScalarType dtype) {
-  static const Tensor floats = empty({0}, ScalarType::Float), doubles = empty({0}, ScalarType::Double);
-  return dtype == ScalarType::Float ? floats : doubles;
-}
-
 inline void check(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype, "lstm: ", name, " must be on the CPU and have x's dtype");
   bool same = t.dim() == int64_t(sizes.size());

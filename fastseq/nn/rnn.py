@@ -23,6 +23,8 @@ class LSTM(torch.nn.LSTM):
     What the kernels do not cover (see `why_torch`) takes torch's own path.
     """
 
+    always_torch = "but torch for packed input and under autocast"
+
     def why_torch(self) -> str | None:
         """Why this layer takes torch's path whatever its input, or None."""
         weight = getattr(self, self._flat_weights_names[0])
@@ -41,7 +43,7 @@ class LSTM(torch.nn.LSTM):
             return self._torch_forward("packed input has no kernel yet", input, hx)
         device = input.device.type
         reason = self._why_torch_on(device, input.dtype)
-        if torch.is_autocast_enabled(device):
+        if reason is None and torch.is_autocast_enabled(device):
             reason = "autocast has no kernel yet"
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]

@@ -1,4 +1,4 @@
-"""The ops: per file one op's contract, its table of implementations and its test cases."""
+"""The ops, one file each: the op's contract, its table of implementations and its test cases."""
 
 from fastseq.ops import lstm
 

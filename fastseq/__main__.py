@@ -1,0 +1,3 @@
+from fastseq.cli import app
+
+app(prog_name="fastseq")

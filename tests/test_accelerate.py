@@ -1,0 +1,142 @@
+"""accelerate, explain and restore on models that users have."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import require
+from torch import nn
+
+import fastseq
+from fastseq.ops.lstm import LSTM
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.encoder = nn.LSTM(8, 12, num_layers=2, batch_first=True)
+        self.decoder = nn.ModuleDict({"lstm": nn.LSTM(12, 12, batch_first=True)})
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, _ = self.encoder(self.embed(tokens))
+        return self.head(self.decoder["lstm"](x)[0])
+
+
+class MyLSTM(nn.LSTM):
+    pass
+
+
+def test_in_place_and_back() -> None:
+    model = Tagger()
+    parameters = list(model.parameters())
+    seen = []
+    handle = model.encoder.register_forward_hook(lambda *_: seen.append(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tokens = torch.randint(20, (3, 7))
+    want = model(tokens)
+
+    assert fastseq.accelerate(model) is model
+    assert type(model.encoder) is fastseq.nn.LSTM
+    assert type(model.decoder["lstm"]) is fastseq.nn.LSTM
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    torch.testing.assert_close(model(tokens), want)
+    assert len(seen) == 2
+    handle.remove()
+    model(tokens).sum().backward()
+    before = model.encoder.weight_hh_l0.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.encoder.weight_hh_l0, before)
+
+    assert fastseq.accelerate(model) is model  # twice is once
+    assert fastseq.restore(model) is model
+    assert type(model.encoder) is nn.LSTM
+
+
+def test_a_layer_itself_is_a_model() -> None:
+    layer = nn.LSTM(3, 4)
+    assert type(fastseq.accelerate(layer)) is fastseq.nn.LSTM
+    assert type(fastseq.restore(layer)) is nn.LSTM
+
+
+def test_filter() -> None:
+    model = fastseq.accelerate(Tagger(), lambda module, name: name == "encoder")
+    assert type(model.encoder) is fastseq.nn.LSTM
+    assert type(model.decoder["lstm"]) is nn.LSTM
+
+
+def test_explain_tells_who_serves_and_why_not() -> None:
+    model = nn.ModuleDict(
+        {
+            "plain": nn.LSTM(3, 4),
+            "mine": MyLSTM(3, 4),
+            "projected": nn.LSTM(3, 4, proj_size=2),
+            "low": nn.LSTM(3, 4, dtype=torch.float16),
+            "left": nn.LSTM(3, 4),
+            "other": nn.Linear(3, 4),
+        }
+    )
+    fastseq.accelerate(model, lambda module, name: name != "left")
+    rows = {row.layer: row for row in fastseq.explain(model).rows}
+    assert set(rows) == {"plain", "mine", "projected", "low", "left"}
+    served = LSTM.candidates("cpu", torch.float32)[0].name
+    assert rows["plain"].served_by == ("torch" if served == "reference" else served)
+    assert rows["mine"].served_by == "torch" and "subclass" in rows["mine"].note
+    assert rows["projected"].served_by == "torch" and "proj_size" in rows["projected"].note
+    assert rows["low"].served_by == "torch" and "float16" in rows["low"].note
+    assert rows["left"].served_by == "torch" and "fastseq.accelerate" in rows["left"].note
+    printed = str(fastseq.explain(model))
+    assert all(name in printed for name in rows) and printed.isascii()
+    assert "no sequence layers" in str(fastseq.explain(nn.Linear(2, 2)))
+
+
+def test_explanation_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    require(LSTM, LSTM.impls[0], "cpu", torch.float32)
+    layer = fastseq.accelerate(nn.LSTM(3, 4))
+    assert fastseq.explain(layer).rows[0].served_by == "cpp"
+    called = []
+    forward = LSTM.impls[0].kernel.forward
+    monkeypatch.setitem(
+        LSTM.impls[0].__dict__,
+        "kernel",
+        type("Spy", (), {"forward": staticmethod(lambda *args: (called.append(1), forward(*args))[1])}),
+    )
+    with torch.no_grad():
+        layer(torch.randn(2, 1, 3))
+    assert called
+
+
+@pytest.mark.parametrize("function", [fastseq.accelerate, fastseq.restore, fastseq.explain])
+def test_not_a_module(function) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+        function({})
+
+
+def test_import_changes_nothing_and_accelerate_allows_compiling() -> None:
+    script = """
+import sys, torch
+lstm, forward = torch.nn.LSTM, torch.nn.LSTM.forward
+import fastseq
+assert torch.nn.LSTM is lstm and lstm.forward is forward
+for heavy in ("torch._dynamo", "triton", "numba", "rich", "typer", "matplotlib"):
+    assert heavy not in sys.modules, heavy
+model = fastseq.accelerate(torch.nn.LSTM(3, 4))
+assert "torch._dynamo" not in sys.modules
+import torch._dynamo
+assert torch._dynamo.config.allow_rnn
+torch._dynamo.config.allow_rnn = False
+fastseq.accelerate(torch.nn.LSTM(3, 4))
+assert torch._dynamo.config.allow_rnn
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_hundred_layers_are_no_work() -> None:
+    """Not a benchmark: a second would mean that something is done per layer that should not be."""
+    model = nn.ModuleList(nn.LSTM(2, 2) for _ in range(100))
+    start = time.perf_counter()
+    fastseq.accelerate(model)
+    assert time.perf_counter() - start < 1

@@ -1,0 +1,57 @@
+"""Every instruction set of the extension that this machine has, on the op's tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import require_native
+
+from fastseq import native
+
+TESTS = ["test_forward_and_tape", "test_backward_from_either_tape", "gate_functions", "nan_and_inf", "two_python_threads"]
+
+
+def has(isa: str) -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"portable": True, "avx2": capability in ("AVX2", "AVX512"), "avx512": capability == "AVX512"}[isa]
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_op_on(isa: str) -> None:
+    require_native()
+    if not has(isa):
+        pytest.skip(f"this machine does not have {isa}")
+    if isa == native.instruction_set():
+        pytest.skip(f"{isa} is what all other tests ran on")
+    environment = {**os.environ, "FASTSEQ_CPU_ISA": isa, "FASTSEQ_REQUIRE": "cpp"}
+    tests = Path(__file__).with_name("test_lstm_op.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tests), "-k", " or ".join(TESTS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_no_instruction_set_leaks_into_shared_code() -> None:
+    """The linker keeps one copy of an inline function, from whichever source: none may have been compiled for AVX."""
+    require_native()
+    objdump = subprocess.run(["which", "objdump"], capture_output=True, text=True).stdout.strip()
+    if not objdump:
+        pytest.skip("no objdump to look into the extension")
+    import fastseq._native
+
+    text = subprocess.run(
+        [objdump, "-d", "--no-show-raw-insn", fastseq._native.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    function, leaks = "", set()
+    for line in text.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif ("%ymm" in line or "%zmm" in line) and "avx2" not in function and "avx512" not in function:
+            leaks.add(function)
+    assert not leaks
