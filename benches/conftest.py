@@ -114,9 +114,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if outcomes:
         terminalreporter.section("fastseq")
         if config.option.smoke:
-            terminalreporter.write_line(
-                "a smoke run, one round each: it shows that all works, not how fast\n"
-            )
+            terminalreporter.write_line("a smoke run, one round each: it shows that all works, not how fast\n")
         terminalreporter.write_line(
             render(outcomes, config.option.threads, config.stash[ROOFLINE], terminalreporter.hasmarkup)
         )

@@ -41,9 +41,7 @@ class Job:
 Call = Callable[[], Sequence[Any]]
 
 
-def call_of(
-    module: Callable[[Tensor], tuple[Tensor, Any]], layer: nn.Module, x: Tensor, dy: Tensor | None
-) -> Call:
+def call_of(module: Callable[[Tensor], tuple[Tensor, Any]], layer: nn.Module, x: Tensor, dy: Tensor | None) -> Call:
     """The call of a module that runs in torch; `layer` holds its parameters."""
     if dy is None:
         return lambda: [module(x)[0]]

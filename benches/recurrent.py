@@ -49,9 +49,7 @@ class Case:
     @property
     def forward_flops(self) -> int:
         rows = GATES[self.kind] * self.H
-        return sum(
-            2 * self.T * self.B * self.directions * rows * (size + self.H) for size in self.input_sizes
-        )
+        return sum(2 * self.T * self.B * self.directions * rows * (size + self.H) for size in self.input_sizes)
 
     @property
     def once_bytes(self) -> int:

@@ -50,9 +50,7 @@ class CharLM(nn.Module):
         self.lstm = nn.LSTM(hidden, hidden, num_layers=2, batch_first=True)
         self.head = nn.Linear(hidden, len(VOCABULARY))
 
-    def forward(
-        self, ids: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, ids: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         output, state = self.lstm(self.embedding(ids), state)
         return self.head(output), state
 

@@ -26,12 +26,12 @@ def accelerate(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None 
     Layers whose exact type has a drop-in get the drop-in's class. Parameters, buffers, hooks, optimizers and the
     `state_dict` stay the same objects with the same names; results are equal within the stated tolerances.
 
-    torch.compile refuses every nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set: this call sets
-    it if it changes any such layer, since the drop-ins compile into one node.
+    torch.compile refuses every nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set: this call
+    sets it, for good, if it changes any such layer, since the drop-ins compile into one node.
 
     Args:
         model: any module; it may itself be a layer.
-        filter_fn: called with (module, name) for each layer that could be changed; it is left alone unless this is true.
+        filter_fn: called with (module, name) for each layer that could be changed; those it is false for are left alone.
 
     Returns:
         The same model.

@@ -26,8 +26,8 @@ def info() -> None:
     """Shows this machine, and for each op which implementations can serve here or why not."""
     console = Console()
     try:
-        if requested_backend() is not None:
-            check_backend_name(requested_backend())
+        if (requested := requested_backend()) is not None:
+            check_backend_name(requested)
         cpu_kernels = f"left out: {native.unavailable()}" if native.unavailable() else native.instruction_set()
     except (RuntimeError, ValueError) as error:  # the environment asks for what is not there
         console.print(str(error).splitlines()[0])
@@ -41,7 +41,7 @@ def info() -> None:
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"),
         ("CPU kernels", cpu_kernels),
         ("GPU", gpu),
-        ("backend", requested_backend() or f"best available (known: {', '.join(known_backends())})"),
+        ("backend", requested or f"best available (known: {', '.join(known_backends())})"),
     ):
         facts.add_row(name, value)
     console.print(facts)

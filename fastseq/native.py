@@ -4,7 +4,7 @@ import importlib
 import os
 from functools import cache
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension)
+import torch
 
 
 @cache

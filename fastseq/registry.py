@@ -22,16 +22,17 @@ FLOATS = frozenset({torch.float32, torch.float64})
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 # The implementation asked for by name: FASTSEQ_BACKEND as it was at import, or that of the enclosing use_backend.
-_requested: ContextVar[str | None] = ContextVar(
-    "fastseq_backend", default=os.environ.get("FASTSEQ_BACKEND") or None
-)
+_requested: ContextVar[str | None] = ContextVar("fastseq_backend", default=os.environ.get("FASTSEQ_BACKEND") or None)
 
 
 class Kernel(Protocol):
     """What an implementation's target holds: both directions of the op, with the op's own signature."""
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    @property
+    def forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def backward(self) -> Callable[..., Any]: ...
 
 
 class BackendError(RuntimeError):
@@ -77,9 +78,7 @@ class Impl:
                 raise BackendError(f"{self.target}: {reason}")
             op = self.target.removeprefix("fastseq_native::")
             namespace = torch.ops.fastseq_native
-            return _NativeKernel(
-                getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default
-            )
+            return _NativeKernel(getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default)
         return importlib.import_module(self.target)
 
     def unavailable(self) -> str | None:
@@ -105,9 +104,7 @@ class Op:
         self_check: called with a kernel, a device and a dtype; raises if the kernel is wrong.
     """
 
-    def __init__(
-        self, name: str, impls: list[Impl], self_check: Callable[[Kernel, str, torch.dtype], None]
-    ) -> None:
+    def __init__(self, name: str, impls: list[Impl], self_check: Callable[[Kernel, str, torch.dtype], None]) -> None:
         self.name = name
         self.impls = impls
         self.self_check = self_check

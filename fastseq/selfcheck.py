@@ -1,8 +1,8 @@
 """The first use of an implementation on a machine that nobody has tested it on.
 
 A table row lists the architectures on which its tests have passed. On any other, the op's small cases are run
-against the reference once; the verdict is kept in the user's cache folder per implementation, dtype, architecture, driver
-and version, and an implementation that failed is not used.
+against the reference once; the verdict is kept in the user's cache folder per implementation, dtype, architecture,
+driver and version, and an implementation that failed is not used.
 """
 
 import hashlib

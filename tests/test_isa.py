@@ -11,7 +11,13 @@ from conftest import require_native
 
 from fastseq import native
 
-TESTS = ["test_forward_and_tape", "test_backward_from_either_tape", "gate_functions", "nan_and_inf", "two_python_threads"]
+TESTS = [
+    "test_forward_and_tape",
+    "test_backward_from_either_tape",
+    "gate_functions",
+    "nan_and_inf",
+    "two_python_threads",
+]
 
 
 def has(isa: str) -> bool:
@@ -46,7 +52,10 @@ def test_no_instruction_set_leaks_into_shared_code() -> None:
     import fastseq._native
 
     text = subprocess.run(
-        [objdump, "-d", "--no-show-raw-insn", fastseq._native.__file__], capture_output=True, text=True, check=True
+        [objdump, "-d", "--no-show-raw-insn", fastseq._native.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     function, leaks = "", set()
     for line in text.splitlines():

@@ -127,9 +127,7 @@ BAD_CALLS = {
     "wrong h": lambda m: m(torch.randn(5, 3, 7), (hidden(1, 4, 11), hidden(1, 3, 11))),
     "wrong c": lambda m: m(torch.randn(5, 3, 7), (hidden(1, 3, 11), hidden(1, 3, 12))),
     "too many layers in the state": lambda m: m(torch.randn(5, 3, 7), (hidden(2, 3, 11), hidden(2, 3, 11))),
-    "state of another dtype": lambda m: m(
-        torch.randn(5, 3, 7), (hidden(1, 3, 11).double(), hidden(1, 3, 11).double())
-    ),
+    "state of another dtype": lambda m: m(torch.randn(5, 3, 7), (hidden(1, 3, 11).double(), hidden(1, 3, 11).double())),
     "meta input": lambda m: m(torch.randn(5, 3, 7, device="meta")),
 }
 

@@ -234,10 +234,16 @@ def test_repeated_runs_are_bit_equal(threads: int) -> None:
         (lambda a: a.update(x=a["x"][0]), r"x must be \[T, B, I\], got 2 dimensions"),
         (lambda a: a.update(x=a["x"][:0]), "at least one step, got T=0"),
         (lambda a: a.update(h0=a["h0"][:, :1]), r"h0 must be \[1, 3, 6\], got \[1, 1, 6\]"),
-        (lambda a: a.update(c0=a["c0"].double()), "c0 must be torch.float32 on cpu like x, got torch.float64"),
+        (
+            lambda a: a.update(c0=a["c0"].double()),
+            "c0 must be torch.float32 on cpu like x, got torch.float64",
+        ),
         (lambda a: a.update(weights=a["weights"][:3]), "weights must hold 2 tensors or 4 with biases, got 3"),
         (lambda a: a["weights"].__setitem__(0, a["weights"][0][:, :2]), r"weights\[0\] must be \[24, 5\]"),
-        (lambda a: a["weights"].__setitem__(3, a["weights"][3].double()), r"weights\[3\] must be torch.float32"),
+        (
+            lambda a: a["weights"].__setitem__(3, a["weights"][3].double()),
+            r"weights\[3\] must be torch.float32",
+        ),
         (lambda a: a.update(bidirectional=True), r"weights\[2\] must be|weights must hold"),
     ],
 )
@@ -263,7 +269,9 @@ def test_the_extension_checks_for_itself() -> None:
     ):
         with pytest.raises(RuntimeError, match="lstm: "):
             native(*bad, False, False)
-    torch.testing.assert_close(native(x, h0, c0, weights, False, False)[0], reference.forward(x, h0, c0, weights, False, False)[0])
+    torch.testing.assert_close(
+        native(x, h0, c0, weights, False, False)[0], reference.forward(x, h0, c0, weights, False, False)[0]
+    )
 
 
 def ulps(got: Tensor, exact: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class LSTM(torch.nn.LSTM):
             return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
         return None
 
-    def forward(self, input: Any, hx: Any = None) -> Any:  # type: ignore[override]
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """See `torch.nn.LSTM`: `input` [T, B, I], [B, T, I] if batch_first, or [T, I]; `hx` a pair (h_0, c_0)."""
         if isinstance(input, PackedSequence):
             return self._torch_forward("packed input has no kernel yet", input, hx)
@@ -46,7 +46,7 @@ class LSTM(torch.nn.LSTM):
         if reason is None and torch.is_autocast_enabled(device):
             reason = "autocast has no kernel yet"
         parameters = self._parameters
-        weights = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
+        weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
         if reason is not None or not self._is_sound(input, hx, weights[0]):
             return self._torch_forward(reason, input, hx)
@@ -55,7 +55,8 @@ class LSTM(torch.nn.LSTM):
         batched = input.dim() == 3
         if not batched:
             x = input.unsqueeze(1)
-            h0, c0 = (None, None) if hx is None else (h0.unsqueeze(1), c0.unsqueeze(1))
+            if hx is not None:
+                h0, c0 = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
         else:
             x = input.transpose(0, 1) if self.batch_first else input
 

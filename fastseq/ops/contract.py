@@ -20,8 +20,8 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 def is_plain(x: Tensor) -> bool:
     """Whether nothing but a kernel wants to see a call on x: no tracing, no mode, no transform, no tensor subclass.
 
-    Such a call can go to the kernel at once, which spares the dispatcher's two calls of Python: at one step a call, they
-    would take longer than the kernel.
+    Such a call can go to the kernel at once, which spares the dispatcher's two calls of Python: at one step a call,
+    they would take longer than the kernel.
     """
     return (
         type(x) is Tensor
@@ -37,6 +37,6 @@ def grads_or_none(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Differentiable gradients of `outputs` for the inputs that need one, None for the others."""
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

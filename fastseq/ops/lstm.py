@@ -1,6 +1,6 @@
 """The op `fastseq::lstm`: one LSTM layer in one or both directions, from its raw input.
 
-The contract (schema, shapes, autograd), the table of implementations and the cases that every implementation is tested on.
+The contract (schema, shapes, autograd), the table of implementations and the cases that each of them is tested on.
 Formulas are in `fastseq.reference.lstm`.
 """
 
@@ -20,7 +20,7 @@ class Case:
 
     T: int
     B: int
-    I: int  # noqa: E741  (the field's name for the input size)
+    I: int
     H: int
     bidirectional: bool = False
     bias: bool = True
@@ -32,7 +32,9 @@ class Case:
         flags += [f"no_{name}" for name in ("bias", "state") if not getattr(self, name)]
         return "-".join([f"T{self.T}_B{self.B}_I{self.I}_H{self.H}", *flags])
 
-    def inputs(self, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    def inputs(
+        self, device: str, dtype: torch.dtype, seed: int = 0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
         """Random x, h0, c0 and weights, in torch's own scale (uniform in +-1/sqrt(H))."""
         generator = torch.Generator().manual_seed(seed)
         D = 2 if self.bidirectional else 1
@@ -89,8 +91,8 @@ def lstm(
         x: [T, B, I], any strides.
         h0: [D, B, H] initial hidden state, or None for zeros.
         c0: [D, B, H] initial cell state, or None for zeros.
-        weights: for each direction w_ih [4H, I], w_hh [4H, H] and, if there are biases, b_ih [4H] and b_hh [4H], with gates
-            in torch's order i, f, g, o. All tensors share x's dtype and device.
+        weights: for each direction w_ih [4H, I], w_hh [4H, H] and, if there are biases, b_ih [4H] and b_hh [4H], with
+            gates in torch's order i, f, g, o. All tensors share x's dtype and device.
         bidirectional: whether there are two directions.
 
     Returns:
@@ -112,13 +114,11 @@ def call(
     return torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, False)[:3]
 
 
-def _check(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bidirectional: bool
-) -> None:
+def _check(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bidirectional: bool) -> None:
     D = 2 if bidirectional else 1
     if x.dim() != 3:
         raise ValueError(f"lstm: x must be [T, B, I], got {x.dim()} dimensions")
-    T, B, I = x.shape  # noqa: E741
+    T, B, I = x.shape
     if T == 0:
         raise ValueError("lstm: x must have at least one step, got T=0")
     if len(weights) not in (2 * D, 4 * D):
@@ -150,21 +150,20 @@ def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
     wide = torch.float64
     for case in SELF_CHECK_CASES:
         x, h0, c0, weights = case.inputs(device, dtype)
-        exact = [None if t is None else t.to(wide) for t in (x, h0, c0)]
-        exact_weights = [w.to(wide) for w in weights]
-        outputs = kernel.forward(x, h0, c0, weights, case.bidirectional, True)
-        expected = reference.forward(*exact, exact_weights, case.bidirectional, True)
-        for ours, theirs in zip(outputs, expected, strict=True):
-            torch.testing.assert_close(ours, theirs.to(dtype))
-        grads = [torch.linspace(-1, 1, t.numel(), dtype=wide, device=device).view(t.shape) for t in expected[:3]]
+        args = (x, h0, c0, weights, case.bidirectional)
+        wide_x, wide_h0, wide_c0 = (None if t is None else t.to(wide) for t in (x, h0, c0))
+        wide_args = (wide_x, wide_h0, wide_c0, [w.to(wide) for w in weights], case.bidirectional)
+
+        outputs, expected = kernel.forward(*args, True), reference.forward(*wide_args, True)  # type: ignore[arg-type]
+        for got, want in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(got, want.to(dtype))
+
+        wide_grads = [torch.linspace(-1, 1, t.numel(), dtype=wide, device=device).view(t.shape) for t in expected[:3]]
+        grads = [g.to(dtype) for g in wide_grads]
         needs = [True] * (3 + len(weights))
-        y, _, _, *tape = outputs
-        ours = kernel.backward(
-            *[g.to(dtype) for g in grads], x, h0, c0, weights, case.bidirectional, y, *tape, needs
-        )
-        y, _, _, *tape = expected
-        theirs = reference.backward(*grads, *exact, exact_weights, case.bidirectional, y, *tape, needs)
-        for got, want in zip([*ours[:3], *ours[3]], [*theirs[:3], *theirs[3]], strict=True):
+        *ours, our_weights = kernel.backward(*grads, *args, outputs[0], *outputs[3:], needs)
+        *theirs, their_weights = reference.backward(*wide_grads, *wide_args, expected[0], *expected[3:], needs)  # type: ignore
+        for got, want in zip([*ours, *our_weights], [*theirs, *their_weights], strict=True):
             # A gradient sums T*B terms, which the kernels add in another order than the reference.
             torch.testing.assert_close(got.to(wide), want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
 
@@ -173,7 +172,13 @@ LSTM = register(
     Op(
         "lstm",
         [
-            Impl("cpp", "fastseq_native::lstm", devices=frozenset({"cpu"}), dtypes=FLOATS, verified=frozenset({"avx2", "portable"})),
+            Impl(
+                "cpp",
+                "fastseq_native::lstm",
+                devices=frozenset({"cpu"}),
+                dtypes=FLOATS,
+                verified=frozenset({"avx2", "portable"}),
+            ),
             Impl("reference", "fastseq.reference.lstm"),
         ],
         _self_check,
@@ -198,9 +203,7 @@ def _forward(x, h0, c0, weights, bidirectional, save_tape):  # type: ignore[no-u
 
 def _backward(dy, dh_n, dc_n, x, h0, c0, weights, bidirectional, y, gates, cells, needs):  # type: ignore[no-untyped-def]
     kernel = LSTM.select(x.device.type, x.dtype, x, h0, c0, weights, bidirectional, True)
-    dx, dh0, dc0, dweights = kernel.backward(
-        dy, dh_n, dc_n, x, h0, c0, weights, bidirectional, y, gates, cells, needs
-    )
+    dx, dh0, dc0, dweights = kernel.backward(dy, dh_n, dc_n, x, h0, c0, weights, bidirectional, y, gates, cells, needs)
     return dx, dh0, dc0, dweights
 
 
@@ -214,13 +217,14 @@ def _forward_fake(x, h0, c0, weights, bidirectional, save_tape):  # type: ignore
 
 def _backward_fake(dy, dh_n, dc_n, x, h0, c0, weights, bidirectional, y, gates, cells, needs):  # type: ignore[no-untyped-def]
     shapes = [x.shape, dh_n.shape, dc_n.shape, *(w.shape for w in weights)]
-    grads = [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    needed = [needs[0], needs[1] or needs[2], needs[1] or needs[2], *needs[3:]]
+    grads = [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needed, strict=True)]
     return (*grads[:3], grads[3:])
 
 
 class _Lstm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h0, c0, bidirectional, *weights):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, h0, c0, bidirectional, *weights):  # type: ignore[no-untyped-def]
         with below_autograd():
             y, h_n, c_n, gates, cells = torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, True)
         ctx.bidirectional = bidirectional
@@ -229,7 +233,7 @@ class _Lstm(torch.autograd.Function):
         return y, h_n, c_n, gates, cells
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, *_):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy, dh_n, dc_n, *_):  # type: ignore[no-untyped-def]
         x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
         if torch.is_grad_enabled():  # a graph through this backward is asked for: only the reference has one

@@ -54,7 +54,7 @@ def forward(
     for d, (w_ih, w_hh, *biases) in enumerate(_split_weights(weights, D)):
         h, c = h0[d], c0[d]
         projected = x @ w_ih.t() + sum(biases)
-        y_d, gates_d, cells_d = [None] * T, [None] * T, [None] * T
+        y_d, gates_d, cells_d = [x] * T, [x] * T, [x] * T  # filled in the direction's order
         for t in _steps(T, d):
             i, f, g, o = (projected[t] + h @ w_hh.t()).chunk(4, dim=-1)
             i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
@@ -89,7 +89,7 @@ def backward(
     """See `fastseq.ops.lstm_backward`.
 
     Returns:
-        dx, dh0, dc0 and the weights' gradients in the weights' order; all four are computed, whatever `needs` says.
+        dx, dh0, dc0 and the weights' gradients in the weights' order; empty tensors for what is not needed.
     """
     T, B, _ = x.shape
     D = 2 if bidirectional else 1
@@ -130,4 +130,8 @@ def backward(
         dweights.append(da.flatten(0, 1).t() @ x.flatten(0, 1))
         dweights.append(da_in_order.flatten(0, 1).t() @ h_before.flatten(0, 1))
         dweights.extend(da.sum((0, 1)) for _ in biases)
-    return dx, torch.stack(dh0), torch.stack(dc0), dweights
+    state_needed = needs[1] or needs[2]
+    all_grads = [dx, torch.stack(dh0), torch.stack(dc0), *dweights]
+    needed = [needs[0], state_needed, state_needed, *needs[3:]]
+    dx, dh_0, dc_0, *dweights = [g if n else g.new_empty(0) for g, n in zip(all_grads, needed, strict=True)]
+    return dx, dh_0, dc_0, dweights
