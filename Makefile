@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench bench-smoke gpu-check clean
+.PHONY: demo test lint bench bench-smoke clean
 
 demo: $(VENV)/.installed  ## train and run a character-level LSTM, as it is and accelerated
 	$(BIN)/python examples/char_lm.py
@@ -23,9 +23,6 @@ bench: $(VENV)/.bench  ## every case against every peer, about 10 minutes
 
 bench-smoke: $(VENV)/.bench
 	$(BIN)/python -m pytest benches --smoke
-
-gpu-check: $(VENV)/.installed  ## on a machine with a GPU: the tests that need one
-	$(BIN)/python -m pytest tests -m gpu
 
 clean:
 	rm -rf $(VENV) build out fastseq/*.so *.egg-info

@@ -14,12 +14,6 @@ from fastseq.registry import Impl, Op
 REQUIRED = {name for name in os.environ.get("FASTSEQ_REQUIRE", "").split(",") if name}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -220,6 +220,29 @@ def test_two_python_threads_at_once(threads: int) -> None:
     assert not failures
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_more_threads_than_shares_come_out_even(count: int) -> None:
+    """Odd teams, for one direction and for two, split by units and by rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        for case in (Case(20, 1, 48, 100), Case(20, 2, 48, 100, bidirectional=True), Case(9, 48, 33, 60)):
+            x, h0, c0, weights = case.inputs("cpu", torch.float32)
+            leaves = [x, h0, c0, *weights]
+            for leaf in leaves:
+                leaf.requires_grad_()
+            dy = torch.randn(case.T, case.B, case.H * (2 if case.bidirectional else 1))
+            results = []
+            for backend in ("reference", LSTM.candidates("cpu", torch.float32)[0].name):
+                with fastseq.use_backend(backend):
+                    y, h_n, c_n = lstm(x, h0, c0, weights, case.bidirectional)
+                    results.append([y, h_n, c_n, *torch.autograd.grad(y, leaves, dy)])
+            for got, want in zip(*reversed(results), strict=True):
+                torch.testing.assert_close(got, want, **GRADIENT_TOLERANCE[torch.float32])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_repeated_runs_are_bit_equal(threads: int) -> None:
     x, h0, c0, weights = Case(30, 5, 40, 72, bidirectional=True).inputs("cpu", torch.float32)
     first = lstm(x, h0, c0, weights, True)

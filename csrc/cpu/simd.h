@@ -121,7 +121,7 @@ FASTSEQ_INLINE void expm1_parts(Vec<T> x, Vec<T>& scale, Vec<T>& part) {
   memcpy(&scale, &bits, sizeof scale);
 }
 
-// The smaller and the larger of two, as x86 defines them: b where one is NaN.
+// The smaller and the larger of two; b where one is NaN. AVX2 has an instruction for each that compilers do not find.
 template <typename T>
 FASTSEQ_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
 #if FASTSEQ_VECTOR_BYTES == 32
@@ -129,11 +129,6 @@ FASTSEQ_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
     return _mm256_min_ps(a, b);
   else
     return _mm256_min_pd(a, b);
-#elif FASTSEQ_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4)
-    return _mm512_min_ps(a, b);
-  else
-    return _mm512_min_pd(a, b);
 #else
   return a < b ? a : b;
 #endif
@@ -146,11 +141,6 @@ FASTSEQ_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
     return _mm256_max_ps(a, b);
   else
     return _mm256_max_pd(a, b);
-#elif FASTSEQ_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4)
-    return _mm512_max_ps(a, b);
-  else
-    return _mm512_max_pd(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -182,7 +172,11 @@ FASTSEQ_INLINE Vec<T> tanh(Vec<T> x) {
 // Alternates the lanes of a and b, taken from their first halves or from their second ones.
 template <typename T, bool kHigh, std::size_t... I>
 FASTSEQ_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+#if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, (kHigh * kLanes<T> / 2 + I / 2 + I % 2 * kLanes<T>)...);
+#else  // GCC before 12
+  return Vec<T>{(I % 2 ? b : a)[kHigh * kLanes<T> / 2 + I / 2]...};
+#endif
 }
 
 // Transposes a square of kLanes x kLanes: as many perfect shuffles of its rows as halvings lead to one row.
