@@ -31,7 +31,7 @@ def accelerate(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None 
 
     Args:
         model: any module; it may itself be a layer.
-        filter_fn: called with (module, name) for each layer that could be changed; those it is false for are left alone.
+        filter_fn: called with (module, name) for each layer that could be changed; where it is false, it stays.
 
     Returns:
         The same model.
