@@ -9,7 +9,7 @@ from torch import nn
 
 import fastseq.nn
 from fastseq.dynamo import allow_rnn
-from fastseq.registry import OPS
+from fastseq.registry import OPS, BackendError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -116,7 +116,10 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
     assert isinstance(module, fastseq.nn.LSTM)
     weight = next(module.parameters())
     op, device, dtype = OPS[op_name], weight.device.type, weight.dtype
-    chosen = op.candidates(device, dtype)[0]
+    try:
+        chosen = op.candidates(device, dtype)[0]
+    except BackendError as error:  # an implementation is asked for by name and cannot serve
+        return "nothing", str(error)
     passed_over = [
         f"{impl.name}: {reason}"
         for impl in op.impls[: op.impls.index(chosen)]

@@ -8,6 +8,7 @@ driver and version, and an implementation that failed is not used.
 import hashlib
 import json
 import os
+import platform
 import sys
 from functools import cache
 from pathlib import Path
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 
 def architecture(device: str) -> str:
-    """What `verified` names: "sm_90" on a GPU, the instruction set of the kernels on a CPU."""
+    """What `verified` names: "sm_90" on a GPU; on a CPU the instruction set, x86's unless it says so."""
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
-    return native.instruction_set()
+    machine = platform.machine().lower()
+    isa = native.instruction_set()
+    return isa if machine in ("x86_64", "amd64") else f"{isa} {machine}"
 
 
 def cache_folder() -> Path:
