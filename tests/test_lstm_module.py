@@ -7,10 +7,12 @@ import pickle
 
 import pytest
 import torch
+from conftest import require
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
+from fastseq.ops.lstm import LSTM
 
 OPTIONS = [
     dict(),
@@ -222,7 +224,7 @@ def test_double_backward() -> None:
     assert torch.autograd.gradgradcheck(lambda x: ours(x)[0], (x,))
 
 
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS[:2], dict(proj_size=4)], ids=str)
 def test_compiles_into_one_graph(options: dict) -> None:
     torch._dynamo.reset()
 
@@ -230,7 +232,7 @@ def test_compiles_into_one_graph(options: dict) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.lstm = nn.LSTM(7, 11, **options)
-            self.head = nn.Linear(11 * (2 if self.lstm.bidirectional else 1), 2)
+            self.head = nn.Linear((self.lstm.proj_size or 11) * (2 if self.lstm.bidirectional else 1), 2)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.lstm(x)[0])
@@ -250,6 +252,7 @@ def test_compiles_into_one_graph(options: dict) -> None:
 
 
 def test_compiles_with_inductor() -> None:
+    require(LSTM, LSTM.impls[0], "cpu", torch.float32)  # torch's own path does not: mkldnn_rnn_layer fails in inductor
     torch._dynamo.reset()
     model = fastseq.accelerate(nn.Sequential(nn.LSTM(5, 6)))
     x = torch.randn(4, 2, 5)

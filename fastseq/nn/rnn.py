@@ -11,6 +11,12 @@ from fastseq.ops import lstm as lstm_op
 from fastseq.registry import OPS, BackendError, requested_backend
 
 
+# Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
+@assume_constant_result
+def _requested() -> str | None:
+    return requested_backend()
+
+
 @assume_constant_result
 def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
     """Whether something better than the reference serves the op, or an implementation is asked for by name."""
@@ -91,8 +97,8 @@ class LSTM(torch.nn.LSTM):
         return x, torch.cat(h_n), torch.cat(c_n)
 
     def _torch_forward(self, reason: str | None, input: Any, hx: Any) -> Any:
-        if reason is not None and requested_backend() is not None:
-            raise BackendError(f"fastseq.nn.LSTM: {requested_backend()} was asked for but {reason}")
+        if reason is not None and (requested := _requested()) is not None:
+            raise BackendError(f"fastseq.nn.LSTM: {requested} was asked for but {reason}")
         return super().forward(input, hx)
 
     def _is_sound(self, input: Tensor, hx: Any, weight: Tensor | None) -> bool:
