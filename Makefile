@@ -3,17 +3,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
+# FASTSEQ_NO_EXT=1 asks for an installation without the extension; otherwise make requires it.
+NO_EXT  := $(filter-out 0,$(FASTSEQ_NO_EXT))
+REQUIRE := $(if $(NO_EXT),,cpp)
+DONE    := $(DONE)$(if $(NO_EXT),-no-ext)
+
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test lint bench bench-smoke clean
 
-demo: $(VENV)/.installed  ## train and run a character-level LSTM, as it is and accelerated
+demo: $(DONE)  ## train and run a character-level LSTM, as it is and accelerated
 	$(BIN)/python examples/char_lm.py
 
-test: $(VENV)/.installed  ## all tests; a missing C++ extension is a failure, not a skip
+test: $(DONE)  ## all tests; a missing C++ extension is a failure, not a skip
 	FASTSEQ_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests
 
-lint: $(VENV)/.installed
+lint: $(DONE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -27,20 +32,18 @@ bench-smoke: $(VENV)/.bench
 clean:
 	rm -rf $(VENV) build out fastseq/*.so *.egg-info
 
-# FASTSEQ_NO_EXT=1 asks for an installation without the extension; otherwise make requires it.
-REQUIRE := $(if $(FASTSEQ_NO_EXT),,cpp)
-
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja numpy
 	touch $@
 
 # The dependencies first, then the package: no isolated build environment, which would fetch another torch.
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+$(DONE): $(VENV)/.torch $(SOURCES)
+	rm -f $(VENV)/.installed*
 	FASTSEQ_REQUIRE=$(REQUIRE) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,test,lint]'
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.installed
+$(VENV)/.bench: $(DONE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	touch $@

@@ -4,6 +4,7 @@ FASTSEQ_NO_EXT=1 leaves the extension out; FASTSEQ_REQUIRE=cpp makes a failed bu
 """
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def extension() -> dict:
     if os.environ.get("FASTSEQ_NO_EXT", "0") not in ("", "0"):
         left_out("FASTSEQ_NO_EXT is set")
         return {}
-    if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++")):
+    if sys.platform == "win32" or not shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]):
         left_out("no C++ compiler with GCC's vector extensions was found (c++, or the one that CXX names)")
         return {}
     try:

@@ -17,6 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _DROP_INS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
     nn.LSTM: (fastseq.nn.LSTM, "lstm"),
 }
+_NO_KERNEL_YET = {nn.RNN, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.MultiheadAttention}
 _ORIGINALS = {ours: (theirs, op) for theirs, (ours, op) in _DROP_INS.items()}
 
 
@@ -50,7 +51,11 @@ def accelerate(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None 
 
 
 def restore(model: Model) -> Model:
-    """Gives every layer that `accelerate` changed its torch class back, in place, and returns the model."""
+    """Gives every fastseq layer of a model its torch class back, in place, and returns the model.
+
+    Do this before torch.jit.script and before tools that look for torch's exact classes. A layer that was parametrized
+    after `accelerate` has a class of its own and stays.
+    """
     _require_module(model, "restore")
     for module in model.modules():
         original = _ORIGINALS.get(type(module))
@@ -98,6 +103,8 @@ def explain(model: nn.Module) -> Explanation:
     rows = []
     for name, module in model.named_modules():
         base = next((theirs for theirs in _DROP_INS if isinstance(module, theirs)), None)
+        if type(module) in _NO_KERNEL_YET:
+            rows.append(Row(name or "(the model)", f"torch.nn.{type(module).__name__}", "torch", "no kernel yet"))
         if base is not None:
             served_by, note = _serving(module, base)
             kind = f"{type(module).__module__.split('.')[0]}.nn.{type(module).__name__}"
@@ -114,7 +121,7 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
     if not isinstance(module, ours):
         return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
     assert isinstance(module, fastseq.nn.LSTM)
-    weight = next(module.parameters())
+    weight = getattr(module, module._flat_weights_names[0])
     op, device, dtype = OPS[op_name], weight.device.type, weight.dtype
     try:
         chosen = op.candidates(device, dtype)[0]

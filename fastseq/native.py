@@ -3,8 +3,9 @@
 import importlib
 import os
 from functools import cache
+from typing import Any
 
-import torch
+import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
 
 @cache
@@ -13,7 +14,7 @@ def unavailable() -> str | None:
     if os.environ.get("FASTSEQ_NO_EXT", "0") not in ("", "0"):
         return "FASTSEQ_NO_EXT is set"
     try:
-        importlib.import_module("fastseq._native")
+        _module()
     except ModuleNotFoundError:
         return "the C++ extension was not built (no compiler when fastseq was installed?)"
     except (ImportError, OSError) as error:
@@ -23,7 +24,22 @@ def unavailable() -> str | None:
 
 @cache
 def instruction_set() -> str:
-    """The instruction set that the CPU kernels were chosen for ("avx512", "avx2", "portable"), or "none"."""
+    """The instruction set that the CPU kernels were chosen for ("avx512", "avx2", "portable"), or "none".
+
+    Raises:
+        RuntimeError: FASTSEQ_CPU_ISA names one that is unknown or that this machine does not have.
+    """
+    return "none" if unavailable() else _module().cpu_isa()
+
+
+@cache
+def build() -> str:
+    """Tells one build of the extension from another, or is empty without one."""
     if unavailable():
-        return "none"
-    return ["portable", "avx2", "avx512"][torch.ops.fastseq_native.cpu_isa()]
+        return ""
+    file = os.stat(_module().__file__)
+    return f"{file.st_size}-{file.st_mtime_ns}"
+
+
+def _module() -> Any:
+    return importlib.import_module("fastseq._native")

@@ -179,7 +179,7 @@ requested_backend = _requested.get  # None where nothing was asked for
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, every fastseq op is served by the implementation of this name, or raises.
+    """Within the block, every fastseq op of this thread is served by the implementation of this name, or raises.
 
     Args:
         name: a name from the tables, such as "cpp" or "reference" (`fastseq info` lists them).

@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import sys
+import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,17 +50,17 @@ def failure(op: "Op", impl: "Impl", device: str, dtype: torch.dtype) -> str | No
     if arch in impl.verified:
         return None
     driver = torch.version.cuda if device == "cuda" else None
-    key = f"{op.name}/{impl.name}/{dtype}/{arch}/{driver}/{__version__}/{torch.__version__}"
+    build = native.build() if impl.is_native else ""
+    key = f"{op.name}/{impl.name}/{dtype}/{arch}/{driver}/{__version__}/{build}/{torch.__version__}"
     path = cache_folder() / f"selfcheck-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         return json.loads(path.read_text())["failure"]
     except (OSError, ValueError, KeyError):
         pass  # not checked yet, or the record is unreadable: check
-    try:
-        op.self_check(impl.kernel, device, dtype)
-        verdict = None
-    except Exception as error:  # any error at all means that this kernel must not serve here
-        verdict = f"failed its self-check on {arch}: {str(error).strip().splitlines()[0]}"
+    error = _error_of(lambda: op.self_check(impl.kernel, device, dtype))
+    verdict = None
+    if error is not None:
+        verdict = f"failed its self-check on {arch}, see {path}: {str(error).strip().splitlines()[0]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
@@ -67,3 +69,19 @@ def failure(op: "Op", impl: "Impl", device: str, dtype: torch.dtype) -> str | No
     except OSError:
         pass  # a cache that cannot be written costs a second check, nothing else
     return verdict
+
+
+def _error_of(check: Callable[[], None]) -> Exception | None:
+    """Runs a check where none of the caller's modes, transforms and traces reach: in a thread of its own."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            check()
+        except Exception as error:  # any error at all means that this kernel must not serve here
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors[0] if errors else None

@@ -69,6 +69,21 @@ def test_backward_from_either_tape(impl: Impl, dtype: torch.dtype, case: Case, t
 
 
 @each_kernel
+@pytest.mark.parametrize("given", ["h0", "c0"])
+def test_one_state_given(impl: Impl, given: str) -> None:
+    require(LSTM, impl, devices(impl), torch.float32)
+    case = Case(6, 3, 20, 33, bidirectional=True)
+    x, h0, c0, weights = case.inputs(devices(impl), torch.float32)
+    args = (x, h0 if given == "h0" else None, c0 if given == "c0" else None, weights, True)
+    grads, needs = random_grads(case, torch.float32, devices(impl)), [True] * (3 + len(weights))
+    outputs, expected = impl.kernel.forward(*args, True), reference.forward(*args, True)
+    torch.testing.assert_close(outputs, expected)
+    *ours, our_weights = impl.kernel.backward(*grads, *args, outputs[0], *outputs[3:], needs)
+    *theirs, their_weights = reference.backward(*grads, *args, expected[0], *expected[3:], needs)
+    torch.testing.assert_close([*ours, *our_weights], [*theirs, *their_weights], rtol=1e-4, atol=2e-5)
+
+
+@each_kernel
 def test_only_needed_gradients(impl: Impl) -> None:
     require(LSTM, impl, devices(impl), torch.float32)
     case = Case(6, 3, 20, 33, bidirectional=True)
@@ -220,9 +235,10 @@ def test_two_python_threads_at_once(threads: int) -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
 def test_more_threads_than_shares_come_out_even(count: int) -> None:
-    """Odd teams, for one direction and for two, split by units and by rows."""
+    """Odd and even teams, for one direction and for two, split by units and by rows."""
+    require(LSTM, LSTM.impls[0], "cpu", torch.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -233,7 +249,7 @@ def test_more_threads_than_shares_come_out_even(count: int) -> None:
                 leaf.requires_grad_()
             dy = torch.randn(case.T, case.B, case.H * (2 if case.bidirectional else 1))
             results = []
-            for backend in ("reference", LSTM.candidates("cpu", torch.float32)[0].name):
+            for backend in ("reference", "cpp"):
                 with fastseq.use_backend(backend):
                     y, h_n, c_n = lstm(x, h0, c0, weights, case.bidirectional)
                     results.append([y, h_n, c_n, *torch.autograd.grad(y, leaves, dy)])

@@ -102,6 +102,23 @@ def test_an_implementation_that_fails_its_check_does_not_serve(fresh_cache) -> N
     assert json.loads(next(fresh_cache.iterdir()).read_text())["failure"] == reason
 
 
+def test_a_self_check_knows_nothing_of_the_callers_modes(fresh_cache) -> None:
+    op = op_of(unverified(), self_check=LSTM.self_check)
+    with torch.device("meta"), torch.inference_mode():
+        assert op.candidates("cpu", torch.float32)[0].name == "new"
+
+
+def test_tracing_may_be_the_first_use() -> None:
+    script = """
+import torch, fastseq
+model = fastseq.accelerate(torch.nn.Sequential(torch.nn.LSTM(5, 6)))
+x = torch.randn(4, 2, 5)
+traced = torch.jit.trace(model, (x,))
+torch.testing.assert_close(traced(x)[0], model(x)[0])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_lstm_self_check_catches_a_wrong_kernel() -> None:
     LSTM.self_check(reference, "cpu", torch.float32)
     LSTM.self_check(reference, "cpu", torch.float64)

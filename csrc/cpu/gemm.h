@@ -139,9 +139,10 @@ int64_t block_rows(int64_t K) {
   return std::max<int64_t>(2, std::min<int64_t>(16, 192 * 1024 / (K * sizeof(T) * kTileRows))) * kTileRows;
 }
 
-// sums[rows][width] (+)= left[rows][K] times `count` panels from `panel` on, in tiles of as equal a height as possible. Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the
-// rows pass, and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first
-// give the hardware nothing to predict from.
+// sums[rows][width] (+)= left[rows][K] times `count` panels from `panel` on, in tiles of as equal a height as possible.
+// Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the rows pass,
+// and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first give the
+// hardware nothing to predict from.
 template <typename T>
 FASTSEQ_INLINE void multiply_panels(const Packed<T>& w, int64_t panel, int64_t count, int64_t next, Left<T> left,
                                     int64_t rows, T* sums, int64_t width, bool add) {

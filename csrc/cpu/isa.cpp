@@ -21,12 +21,16 @@ bool has(Isa isa) {
 
 }  // namespace
 
-Isa cpu_isa() {
+const char* name_of(Isa isa) {
   constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+  return kNames[int(isa)];
+}
+
+Isa cpu_isa() {
   const char* forced = std::getenv("FASTSEQ_CPU_ISA");
   if (forced && *forced) {
     for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
-      if (std::string(forced) != kNames[int(isa)]) continue;
+      if (std::string(forced) != name_of(isa)) continue;
       if (has(isa)) return isa;
       throw std::runtime_error("FASTSEQ_CPU_ISA=" + std::string(forced) + ", which this machine does not have");
     }

@@ -5,6 +5,8 @@ namespace fastseq {
 
 enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
+const char* name_of(Isa isa);
+
 // The best one that the machine has, or the one that FASTSEQ_CPU_ISA names. Throws if the machine lacks that one.
 Isa cpu_isa();
 

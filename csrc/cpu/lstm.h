@@ -40,10 +40,11 @@ struct LstmBackward : LstmShape<T> {
   } dweights[2];
 };
 
-// Runs body(context) on up to `threads` threads at once, and returns when all are done. Whether it gets as many is open.
+// Runs body(context, calls) on up to `threads` threads at once, and returns when all are done. Whether it gets as many is
+// open; `calls` is how many calls of body there are to be.
 struct Threads {
   int count;
-  void (*run)(int threads, void (*body)(void*), void* context);
+  void (*run)(int threads, void (*body)(void*, int), void* context);
 };
 
 // The kernels of one instruction set.

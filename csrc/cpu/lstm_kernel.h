@@ -63,10 +63,10 @@ void in_team(const Threads& threads, int size, const Body& body) {
   struct Context {
     Team team;
     const Body& body;
-  } context{Team(size), body};
-  threads.run(size, [](void* opaque) {
+  } context{{}, body};
+  threads.run(size, [](void* opaque, int calls) {
     auto& context = *static_cast<Context*>(opaque);
-    const int rank = context.team.join();
+    const int rank = context.team.join(calls);
     if (rank >= 0) context.body(rank, context.team);
   }, &context);
 }

@@ -38,17 +38,15 @@ class Team {
  public:
   static constexpr int kMost = 64;
 
-  explicit Team(int expected) : expected_(expected) {}
-
-  // The caller's rank in the team, or -1 if the roll call is over.
-  int join() {
+  // The caller's rank in the team, or -1 if the roll call is over. `expected`: how many are on their way.
+  int join(int expected) {
     int present = present_.load(std::memory_order_relaxed);
     do {
       if (present & kClosed) return -1;
     } while (!present_.compare_exchange_weak(present, present + 1, std::memory_order_acq_rel));
     if (present == 0) {
       const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
-      while (present_.load(std::memory_order_relaxed) < expected_ && std::chrono::steady_clock::now() < deadline) pause();
+      while (present_.load(std::memory_order_relaxed) < expected && std::chrono::steady_clock::now() < deadline) pause();
       size_.store(present_.fetch_or(kClosed, std::memory_order_acq_rel), std::memory_order_release);
     } else {
       spin([&] { return size_.load(std::memory_order_acquire) != 0; });
@@ -73,7 +71,6 @@ class Team {
     std::atomic<int> value{0};
   };
 
-  const int expected_;
   alignas(64) std::atomic<int> present_{0};
   alignas(64) std::atomic<int> size_{0};
   Turn turns_[kMost];

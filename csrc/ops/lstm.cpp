@@ -165,13 +165,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
   return {dx, dh0, dc0, dweights};
 }
 
-int64_t isa() { return int64_t(cpu_isa()); }
-
 }  // namespace
 }  // namespace fastseq
 
 STABLE_TORCH_LIBRARY(fastseq_native, m) {
-  m.def("cpu_isa() -> int");
   m.def(
       "lstm(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bidirectional, bool save_tape)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -185,5 +182,3 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("lstm", TORCH_BOX(&fastseq::lstm));
   m.impl("lstm_backward", TORCH_BOX(&fastseq::lstm_backward));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&fastseq::isa)); }

@@ -50,9 +50,11 @@ inline Tensor laid_out(const Tensor& t, bool rows = false) {
 }
 
 inline Threads threads() {
-  return {int(torch::stable::get_num_threads()), [](int count, void (*body)(void*), void* context) {
-            if (count == 1) return body(context);
-            torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { body(context); });
+  return {int(torch::stable::get_num_threads()), [](int count, void (*body)(void*, int), void* context) {
+            if (count == 1) return body(context, 1);
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              body(context, int((count + end - begin - 1) / (end - begin)));
+            });
           }};
 }
 

@@ -47,6 +47,8 @@ class LSTM(torch.nn.LSTM):
         """See `torch.nn.LSTM`: `input` [T, B, I], [B, T, I] if batch_first, or [T, I]; `hx` a pair (h_0, c_0)."""
         if isinstance(input, PackedSequence):
             return self._torch_forward("packed input has no kernel yet", input, hx)
+        if not isinstance(input, Tensor):
+            return self._torch_forward(None, input, hx)
         device = input.device.type
         reason = self._why_torch_on(device, input.dtype)
         if reason is None and torch.is_autocast_enabled(device):
@@ -54,7 +56,7 @@ class LSTM(torch.nn.LSTM):
         parameters = self._parameters
         weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
-        if reason is not None or not self._is_sound(input, hx, weights[0]):
+        if reason is not None or not self._is_sound(input, hx, weights):
             return self._torch_forward(reason, input, hx)
 
         h0, c0 = (None, None) if hx is None else hx
@@ -101,15 +103,15 @@ class LSTM(torch.nn.LSTM):
             raise BackendError(f"fastseq.nn.LSTM: {requested} was asked for but {reason}")
         return super().forward(input, hx)
 
-    def _is_sound(self, input: Tensor, hx: Any, weight: Tensor | None) -> bool:
+    def _is_sound(self, input: Tensor, hx: Any, weights: list[Any]) -> bool:
         """Whether the arguments are as torch's checks and the op want them."""
         rank, shape = input.dim(), input.shape
-        if rank not in (2, 3) or shape[-1] != self.input_size or weight is None:
+        if rank not in (2, 3) or shape[-1] != self.input_size:
             return False
         if shape[1 if self.batch_first and rank == 3 else 0] == 0:
             return False
         dtype, device = input.dtype, input.device
-        if weight.dtype != dtype or weight.device != device:
+        if any(w is None or w.dtype != dtype for w in weights) or weights[0].device != device:
             return False
         if hx is None:
             return True

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # The schemas live in Python, so that the ops exist where the extension does not.
 LIBRARY = torch.library.Library("fastseq", "DEF")
@@ -31,6 +32,15 @@ def is_plain(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
+
+
+def is_transformed(*grads: Tensor) -> bool:
+    """Whether only the reference can serve: under a transform of torch.func, forward-mode AD, or with batched gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def grads_or_none(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastseq.ops.contract import LIBRARY, below_autograd, grads_or_none, is_plain, needs_graph
+from fastseq.ops.contract import LIBRARY, below_autograd, grads_or_none, is_plain, is_transformed, needs_graph
 from fastseq.reference import lstm as reference
 from fastseq.registry import FLOATS, Impl, Kernel, Op, register
 
@@ -109,6 +109,8 @@ def call(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bidirectional: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lstm` for arguments that have been checked."""
+    if is_transformed():
+        return reference.forward(x, h0, c0, weights, bidirectional, False)[:3]
     if is_plain(x) and not needs_graph(x, h0, c0, *weights):
         return _forward(x, h0, c0, weights, bidirectional, False)[:3]
     return torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, False)[:3]
@@ -236,9 +238,12 @@ class _Lstm(torch.autograd.Function):
     def backward(ctx, dy, dh_n, dc_n, *_):  # type: ignore[no-untyped-def]
         x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
-        if torch.is_grad_enabled():  # a graph through this backward is asked for: only the reference has one
-            outputs = reference.forward(x, h0, c0, weights, ctx.bidirectional, False)[:3]
-            grads = grads_or_none(outputs, [x, h0, c0, *weights], needs, (dy, dh_n, dc_n))
+        if torch.is_grad_enabled() or is_transformed(
+            dy, dh_n, dc_n
+        ):  # only the reference has a graph, or takes batched gradients
+            with torch.enable_grad():
+                outputs = reference.forward(x, h0, c0, weights, ctx.bidirectional, False)[:3]
+                grads = grads_or_none(outputs, [x, h0, c0, *weights], needs, (dy, dh_n, dc_n))
         else:
             dx, dh0, dc0, dweights = torch.ops.fastseq.lstm_backward(
                 dy, dh_n, dc_n, x, h0, c0, weights, ctx.bidirectional, y, gates, cells, needs
