@@ -35,7 +35,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_transformed(*grads: Tensor) -> bool:
-    """Whether only the reference can serve: under a transform of torch.func, forward-mode AD, or with batched gradients."""
+    """Whether only the reference can serve: under torch.func's transforms, forward-mode AD, batched gradients."""
     if torch.compiler.is_compiling():
         return False
     if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
