@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 # FASTSEQ_NO_EXT=1 asks for an installation without the extension; otherwise make requires it.
 NO_EXT  := $(filter-out 0,$(FASTSEQ_NO_EXT))
 REQUIRE := $(if $(NO_EXT),,cpp)
-DONE    := $(DONE)$(if $(NO_EXT),-no-ext)
+DONE    := $(VENV)/.installed$(if $(NO_EXT),-no-ext)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 

@@ -238,9 +238,8 @@ class _Lstm(torch.autograd.Function):
     def backward(ctx, dy, dh_n, dc_n, *_):  # type: ignore[no-untyped-def]
         x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
-        if torch.is_grad_enabled() or is_transformed(
-            dy, dh_n, dc_n
-        ):  # only the reference has a graph, or takes batched gradients
+        # Only the reference has a graph to give, or takes batched gradients.
+        if torch.is_grad_enabled() or is_transformed(dy, dh_n, dc_n):
             with torch.enable_grad():
                 outputs = reference.forward(x, h0, c0, weights, ctx.bidirectional, False)[:3]
                 grads = grads_or_none(outputs, [x, h0, c0, *weights], needs, (dy, dh_n, dc_n))
