@@ -105,7 +105,7 @@ def explain(model: nn.Module) -> Explanation:
         base = next((theirs for theirs in _DROP_INS if isinstance(module, theirs)), None)
         if type(module) in _NO_KERNEL_YET:
             rows.append(Row(name or "(the model)", f"torch.nn.{type(module).__name__}", "torch", "no kernel yet"))
-        if base is not None:
+        elif base is not None:
             served_by, note = _serving(module, base)
             kind = f"{type(module).__module__.split('.')[0]}.nn.{type(module).__name__}"
             if type(module) not in (base, _DROP_INS[base][0]):

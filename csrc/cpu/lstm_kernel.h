@@ -15,7 +15,7 @@ namespace fastseq::FASTSEQ_ISA {
 constexpr int64_t kWorkPerThread = 192 * 1024, kWorkPerBarrier = 4 * 1024;
 // With fewer rows than this for each thread the weights' way from the L3 cache limits a step: split the units instead.
 constexpr int64_t kRowsPerThread = 8;
-// Up to this many rows in all, packing a weight matrix costs more than it saves.
+// With fewer rows than this in all, packing a weight matrix costs more than it saves.
 constexpr int64_t kUnpackedRows = 8;
 // The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they are
 // used (256 KB), but for at least so many rows that the weights' way from memory does not count.

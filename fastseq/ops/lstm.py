@@ -164,7 +164,7 @@ def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
         grads = [g.to(dtype) for g in wide_grads]
         needs = [True] * (3 + len(weights))
         *ours, our_weights = kernel.backward(*grads, *args, outputs[0], *outputs[3:], needs)
-        *theirs, their_weights = reference.backward(*wide_grads, *wide_args, expected[0], *expected[3:], needs)  # type: ignore
+        *theirs, their_weights = reference.backward(*wide_grads, *wide_args, expected[0], *expected[3:], needs)  # type: ignore[arg-type, call-arg]
         for got, want in zip([*ours, *our_weights], [*theirs, *their_weights], strict=True):
             # A gradient sums T*B terms, which the kernels add in another order than the reference.
             torch.testing.assert_close(got.to(wide), want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
