@@ -205,6 +205,8 @@ void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int6
 // result[m][n] (+)= sum over k < K of left(k)[m] * right(k)[n], for m in [begin, end) and n < columns: the gradient of a
 // weight. `left` and `right` give rows; `scratch` holds scratch_for_outer(columns) elements.
 constexpr int64_t kOuterDepth = 384, kOuterRows = 16 * kTileRows;
+// So few products are added one by one, without packing.
+constexpr int64_t kFewOuterProducts = 4;
 
 template <typename T>
 int64_t scratch_for_outer(int64_t columns) {
@@ -217,6 +219,20 @@ void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int
   const Columns<T> plain{columns, Columns<T>::kPlain};
   T* packed_left = scratch;
   T* packed_right = scratch + kOuterDepth * kOuterRows;
+  if (K <= kFewOuterProducts) {
+    T scales[kFewOuterProducts];
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t k = 0; k < K; ++k) scales[k] = left(k)[m];
+      for (int64_t n = 0; n < columns; n += kLanes<T>) {
+        const int lanes = int(std::min<int64_t>(kLanes<T>, columns - n));
+        T* out = result + m * columns + n;
+        Vec<T> total = add ? load(out, lanes) : Vec<T>{};
+        for (int64_t k = 0; k < K; ++k) total += load(right(k) + n, lanes) * scales[k];
+        store(out, total, lanes);
+      }
+    }
+    return;
+  }
   T sums[kOuterRows * kPanel<T>];
   for (int64_t k0 = 0; k0 == 0 || k0 < K; k0 += kOuterDepth) {
     const int64_t depth = std::min(kOuterDepth, K - k0);
@@ -247,6 +263,24 @@ void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int
       }
     }
   }
+}
+
+// result[n] (+)= sum over k < K of left[k] * w[k * ld + n] for n in [begin, end): one row times a matrix as it is.
+template <typename T>
+void multiply_row(const T* left, const T* w, int64_t ld, int64_t K, int64_t begin, int64_t end, T* result, bool add) {
+  constexpr int kVectors = 8, n = kLanes<T>;
+  const auto columns = [&](int64_t from, int count, int lanes) __attribute__((always_inline)) {
+    Vec<T> sums[kVectors] = {};
+    for (int64_t k = 0; k < K; ++k)
+      for (int j = 0; j < count; ++j) sums[j] += load(w + k * ld + from + j * n, lanes) * left[k];
+    for (int j = 0; j < count; ++j) {
+      T* out = result + from + j * n;
+      store(out, add ? load(out, lanes) + sums[j] : sums[j], lanes);
+    }
+  };
+  for (; begin + kVectors * n <= end; begin += kVectors * n) columns(begin, kVectors, n);
+  for (; begin + n <= end; begin += n) columns(begin, 1, n);
+  if (begin < end) columns(begin, 1, int(end - begin));
 }
 
 // Four dot products of length K at once: rows w, w + gap, w + 2 gap, w + 3 gap with v.

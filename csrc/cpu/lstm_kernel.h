@@ -269,6 +269,7 @@ struct LstmBackwardPass : LstmBackward<T> {
 
   Columns<T> hidden{H, Columns<T>::kPlain}, input{I, Columns<T>::kPlain};
   int64_t G = 4 * H, width = hidden.panels() * kPanel<T>;
+  bool unpacked;   // weights are read where they are
   int64_t chunk;   // the most steps of a chunk
   T *w_hh, *w_ih;  // packed for products with the gates' gradients from the left, per direction
   T* da;           // [D, chunk, B, 4H] gradients of the pre-activations, in the order of time
@@ -276,10 +277,11 @@ struct LstmBackwardPass : LstmBackward<T> {
   T* outer;        // per member: scratch of multiply_outer
 
   explicit LstmBackwardPass(const LstmBackward<T>& call) : LstmBackward<T>(call) {
+    unpacked = T_ * B < kUnpackedRows;
     chunk = std::max<int64_t>(1, std::min(T_, kOuterDepth / std::max<int64_t>(B, 1)));
   }
 
-  int64_t panel_elements(const Columns<T>& columns) const { return columns.panels() * G * kPanel<T>; }
+  int64_t panel_elements(const Columns<T>& columns) const { return unpacked ? 0 : columns.panels() * G * kPanel<T>; }
   int64_t outer_elements() const { return Arena<T>::padded(scratch_for_outer<T>(std::max(I, H))); }
 
   int64_t scratch(int members) const {
@@ -333,7 +335,7 @@ struct LstmBackwardPass : LstmBackward<T> {
 
   void prepare(const Share& my, int members, bool recurrent) const {
     for (int64_t d = my.direction; d < my.direction_end; ++d) {
-      if (recurrent) {
+      if (recurrent && !unpacked) {
         const int64_t member = my.rank - my.first, panels = hidden.panels();
         const int64_t begin = my.waits ? my.block : panels * member / my.count;
         const int64_t end = my.waits ? my.block_end : panels * (member + 1) / my.count;
@@ -348,7 +350,7 @@ struct LstmBackwardPass : LstmBackward<T> {
     }
     if (!this->dx) return;
     const int64_t panels = input.panels(), begin = panels * my.rank / members, end = panels * (my.rank + 1) / members;
-    for (int64_t d = 0; d < D; ++d) {
+    for (int64_t d = 0; d < D && !unpacked; ++d) {
       const T* w = this->weights[d].w_ih;
       pack_rows<T>(input, begin, end, [&](int64_t k) { return w + k * I; }, G, w_ih + d * panel_elements(input));
     }
@@ -393,6 +395,10 @@ struct LstmBackwardPass : LstmBackward<T> {
 
   // dh_{t-1} = W_hh^T da_t, for my rows and units.
   void state_backward(int64_t d, Chunk c, int64_t s, const Share& my) const {
+    if (unpacked)
+      return each_row(my, [&](int64_t b, int64_t u, int64_t count) {
+        multiply_row<T>(da_of(d, c, s) + b * G, this->weights[d].w_hh, H, G, u, u + count, dh + (d * B + b) * width, false);
+      });
     const Packed<T> w{w_hh + d * panel_elements(hidden), G};
     const int64_t most = block_rows<T>(G);
     for (int64_t row = my.row; row < my.row_end; row += most) {
@@ -408,8 +414,15 @@ struct LstmBackwardPass : LstmBackward<T> {
     }
   }
 
-  // dx_t (+)= W_ih^T da_t for the chunk's steps; each member does some rows.
+  // dx_t (+)= W_ih^T da_t for the chunk's steps; each member does some rows, or some columns where there are few rows.
   void input_backward(int64_t d, Chunk c, int rank, int members) const {
+    if (unpacked) {
+      const int64_t panels = input.panels(), first = std::min(I, panels * rank / members * kPanel<T>),
+                    last = std::min(I, panels * (rank + 1) / members * kPanel<T>);
+      for (int64_t row = 0; row < T_ * B; ++row)
+        multiply_row<T>(rows_of(d) + row * G, this->weights[d].w_ih, I, G, first, last, this->dx + row * I, D == 2);
+      return;
+    }
     const int64_t rows = (c.end - c.begin) * B, begin = rows * rank / members, end = rows * (rank + 1) / members;
     multiply<T>({w_ih + d * panel_elements(input), G}, input, 0, input.panels(), {rows_of(d) + begin * G, G}, end - begin,
                 this->dx + (earliest(d, c) * B + begin) * I, I,

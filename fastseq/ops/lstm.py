@@ -111,7 +111,9 @@ def call(
     """`lstm` for arguments that have been checked."""
     if is_transformed():
         return reference.forward(x, h0, c0, weights, bidirectional, False)[:3]
-    if is_plain(x) and not needs_graph(x, h0, c0, *weights):
+    if is_plain(x):
+        if needs_graph(x, h0, c0, *weights):
+            return _Lstm.apply(x, h0, c0, bidirectional, *weights)[:3]  # type: ignore[no-any-return]
         return _forward(x, h0, c0, weights, bidirectional, False)[:3]
     return torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, False)[:3]
 
@@ -227,8 +229,9 @@ def _backward_fake(dy, dh_n, dc_n, x, h0, c0, weights, bidirectional, y, gates, 
 class _Lstm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h0, c0, bidirectional, *weights):  # type: ignore[no-untyped-def]
+        compute = _forward if is_plain(x) else torch.ops.fastseq.lstm
         with below_autograd():
-            y, h_n, c_n, gates, cells = torch.ops.fastseq.lstm(x, h0, c0, weights, bidirectional, True)
+            y, h_n, c_n, gates, cells = compute(x, h0, c0, weights, bidirectional, True)
         ctx.bidirectional = bidirectional
         ctx.save_for_backward(x, h0, c0, y, gates, cells, *weights)
         ctx.mark_non_differentiable(gates, cells)
@@ -244,7 +247,8 @@ class _Lstm(torch.autograd.Function):
                 outputs = reference.forward(x, h0, c0, weights, ctx.bidirectional, False)[:3]
                 grads = grads_or_none(outputs, [x, h0, c0, *weights], needs, (dy, dh_n, dc_n))
         else:
-            dx, dh0, dc0, dweights = torch.ops.fastseq.lstm_backward(
+            compute = _backward if is_plain(dy) else torch.ops.fastseq.lstm_backward
+            dx, dh0, dc0, dweights = compute(
                 dy, dh_n, dc_n, x, h0, c0, weights, ctx.bidirectional, y, gates, cells, needs
             )
             grads = [g if need else None for g, need in zip([dx, dh0, dc0, *dweights], needs, strict=True)]
