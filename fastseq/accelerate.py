@@ -9,16 +9,22 @@ from torch import nn
 
 import fastseq.nn
 from fastseq.dynamo import allow_rnn
-from fastseq.registry import OPS, BackendError
+from fastseq.nn.serving import computes_in
+from fastseq.registry import BackendError
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# torch's module, ours, and the op that serves it.
-_DROP_INS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
-    nn.LSTM: (fastseq.nn.LSTM, "lstm"),
+# torch's module and ours.
+_DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: fastseq.nn.LSTM,
+    nn.GRU: fastseq.nn.GRU,
+    nn.RNN: fastseq.nn.RNN,
+    nn.LSTMCell: fastseq.nn.LSTMCell,
+    nn.GRUCell: fastseq.nn.GRUCell,
+    nn.RNNCell: fastseq.nn.RNNCell,
 }
-_NO_KERNEL_YET = {nn.RNN, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.MultiheadAttention}
-_ORIGINALS = {ours: (theirs, op) for theirs, (ours, op) in _DROP_INS.items()}
+_NO_KERNEL_YET = {nn.MultiheadAttention}
+_ORIGINALS = {ours: theirs for theirs, ours in _DROP_INS.items()}
 
 
 def accelerate(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Model:
@@ -44,7 +50,7 @@ def accelerate(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None 
     for name, module in model.named_modules():
         drop_in = _DROP_INS.get(type(module))
         if drop_in is not None and (filter_fn is None or filter_fn(module, name)):
-            module.__class__ = drop_in[0]
+            module.__class__ = drop_in
             if isinstance(module, nn.RNNBase):
                 allow_rnn()
     return model
@@ -60,7 +66,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         original = _ORIGINALS.get(type(module))
         if original is not None:
-            module.__class__ = original[0]
+            module.__class__ = original
     return model
 
 
@@ -108,21 +114,20 @@ def explain(model: nn.Module) -> Explanation:
         elif base is not None:
             served_by, note = _serving(module, base)
             kind = f"{type(module).__module__.split('.')[0]}.nn.{type(module).__name__}"
-            if type(module) not in (base, _DROP_INS[base][0]):
+            if type(module) not in (base, _DROP_INS[base]):
                 kind = type(module).__qualname__
             rows.append(Row(name or "(the model)", kind, served_by, note))
     return Explanation(rows)
 
 
 def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
-    ours, op_name = _DROP_INS[base]
     if type(module) is base:
         return "torch", "not accelerated; fastseq.accelerate(model) changes that"
-    if not isinstance(module, ours):
+    if not isinstance(module, _DROP_INS[base]):
         return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
-    assert isinstance(module, fastseq.nn.LSTM)
-    weight = getattr(module, module._flat_weights_names[0])
-    op, device, dtype = OPS[op_name], weight.device.type, weight.dtype
+    assert isinstance(module, (fastseq.nn.rnn._Layers, fastseq.nn.cells._Cell))
+    weight = next(module.parameters())
+    op, device, dtype = module.op.table, weight.device.type, computes_in(weight.dtype)
     try:
         chosen = op.candidates(device, dtype)[0]
     except BackendError as error:  # an implementation is asked for by name and cannot serve
@@ -135,7 +140,8 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
     reason = module.why_torch()
     if reason is not None:
         return "torch", "; ".join([reason, *passed_over])
-    return chosen.name, "; ".join([*passed_over, module.always_torch])
+    computed = [] if dtype == weight.dtype else [f"computed in {str(dtype).removeprefix('torch.')}"]
+    return chosen.name, "; ".join([*passed_over, *computed])
 
 
 def _require_module(model: object, function: str) -> None:

@@ -1,5 +1,7 @@
 """The ops as functions, for code that has no module: arguments are checked, anything else is in `fastseq.ops`."""
 
+from fastseq.ops.gru import gru
 from fastseq.ops.lstm import lstm
+from fastseq.ops.rnn import rnn
 
-__all__ = ["lstm"]
+__all__ = ["gru", "lstm", "rnn"]

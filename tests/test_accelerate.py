@@ -10,7 +10,9 @@ from conftest import require
 from torch import nn
 
 import fastseq
-from fastseq.ops.lstm import LSTM
+from fastseq.ops.lstm import LSTM as LSTM_OP
+
+LSTM = LSTM_OP.table
 
 
 class Tagger(nn.Module):
@@ -74,6 +76,10 @@ def test_explain_tells_who_serves_and_why_not() -> None:
             "plain": nn.LSTM(3, 4),
             "mine": MyLSTM(3, 4),
             "projected": nn.LSTM(3, 4, proj_size=2),
+            "gru": nn.GRU(3, 4),
+            "rnn": nn.RNN(3, 4, nonlinearity="relu"),
+            "cell": nn.LSTMCell(3, 4),
+            "attention": nn.MultiheadAttention(4, 2),
             "low": nn.LSTM(3, 4, dtype=torch.float16),
             "left": nn.LSTM(3, 4),
             "other": nn.Linear(3, 4),
@@ -81,12 +87,13 @@ def test_explain_tells_who_serves_and_why_not() -> None:
     )
     fastseq.accelerate(model, lambda module, name: name != "left")
     rows = {row.layer: row for row in fastseq.explain(model).rows}
-    assert set(rows) == {"plain", "mine", "projected", "low", "left"}
+    assert set(rows) == set(model) - {"other"}
     served = LSTM.candidates("cpu", torch.float32)[0].name
-    assert rows["plain"].served_by == ("torch" if served == "reference" else served)
+    for name in ("plain", "projected", "gru", "rnn", "cell", "low"):
+        assert rows[name].served_by == ("torch" if served == "reference" else served)
     assert rows["mine"].served_by == "torch" and "subclass" in rows["mine"].note
-    assert rows["projected"].served_by == "torch" and "proj_size" in rows["projected"].note
-    assert rows["low"].served_by == "torch" and "float16" in rows["low"].note
+    assert "computed in float32" in rows["low"].note
+    assert rows["attention"].served_by == "torch" and "no kernel yet" in rows["attention"].note
     assert rows["left"].served_by == "torch" and "fastseq.accelerate" in rows["left"].note
     printed = str(fastseq.explain(model))
     assert all(name in printed for name in rows) and printed.isascii()

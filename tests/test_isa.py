@@ -33,7 +33,7 @@ def test_op_on(isa: str) -> None:
     if isa == native.instruction_set():
         pytest.skip(f"{isa} is what all other tests ran on")
     environment = {**os.environ, "FASTSEQ_CPU_ISA": isa, "FASTSEQ_REQUIRE": "cpp"}
-    tests = Path(__file__).with_name("test_lstm_op.py")
+    tests = Path(__file__).with_name("test_recurrent_ops.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", str(tests), "-k", " or ".join(TESTS)],
         env=environment,

@@ -12,9 +12,13 @@ from typer.testing import CliRunner
 import fastseq
 from fastseq import selfcheck
 from fastseq.cli import app
-from fastseq.ops.lstm import LSTM, Case, lstm
+from fastseq.ops.lstm import LSTM as LSTM_OP
+from fastseq.ops.lstm import lstm
+from fastseq.ops.recurrent import Case
 from fastseq.reference import lstm as reference
-from fastseq.registry import FLOATS, Impl, Kernel, Op, known_backends
+from fastseq.registry import FLOATS, OPS, Impl, Kernel, Op, known_backends
+
+LSTM = LSTM_OP.table
 
 
 def op_of(*impls: Impl, self_check=lambda kernel, device, dtype: None) -> Op:
@@ -34,7 +38,7 @@ def test_first_without_a_reason_serves() -> None:
 
 
 def test_asked_for_by_name_never_falls_back() -> None:
-    x, h0, c0, weights = Case(3, 2, 4, 5).inputs("cpu", torch.float16)
+    x, h0, c0, weights, *_ = Case(3, 2, 4, 5).arguments(LSTM_OP, "cpu", torch.float16)
     with fastseq.use_backend("cpp"), pytest.raises(fastseq.BackendError, match="cpp was asked for but"):
         lstm(x, h0, c0, weights)
     with fastseq.use_backend("reference"):
@@ -59,7 +63,7 @@ def test_backends_nest_and_end() -> None:
 
 
 def test_environment_names_a_backend() -> None:
-    script = "import torch; from fastseq.ops.lstm import LSTM; print(LSTM.select('cpu', torch.float32).__name__)"
+    script = "import torch; from fastseq.ops.lstm import LSTM; print(LSTM.table.select('cpu', torch.float32).__name__)"
     environment = {"FASTSEQ_BACKEND": "reference", "PATH": ""}
     run = [sys.executable, "-c", script]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
@@ -119,35 +123,38 @@ torch.testing.assert_close(traced(x)[0], model(x)[0])
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_the_lstm_self_check_catches_a_wrong_kernel() -> None:
-    LSTM.self_check(reference, "cpu", torch.float32)
-    LSTM.self_check(reference, "cpu", torch.float64)
+@pytest.mark.parametrize("name", OPS)
+def test_the_self_check_catches_a_wrong_kernel(name: str) -> None:
+    op = OPS[name]
+    right = op.impls[-1].kernel
+    op.self_check(right, "cpu", torch.float32)
+    op.self_check(right, "cpu", torch.float64)
 
     class WrongForward:
-        backward = staticmethod(reference.backward)
+        backward = staticmethod(right.backward)
 
         @staticmethod
         def forward(*args):
-            y, *rest = reference.forward(*args)
+            y, *rest = right.forward(*args)
             return y * 1.001, *rest
 
     class WrongBackward:
-        forward = staticmethod(reference.forward)
+        forward = staticmethod(right.forward)
 
         @staticmethod
         def backward(*args):
-            dx, dh0, dc0, dweights = reference.backward(*args)
-            return dx, dh0, dc0, [dweights[0] * 1.01, *dweights[1:]]
+            *grads, dweights = right.backward(*args)
+            return *grads, [dweights[0] * 1.01, *dweights[1:]]
 
     for wrong in (WrongForward, WrongBackward):
         with pytest.raises(AssertionError):
-            LSTM.self_check(wrong, "cpu", torch.float32)
+            op.self_check(wrong, "cpu", torch.float32)
 
 
 def test_info_lists_every_implementation() -> None:
     result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0
-    for word in ("fastseq", "torch", "CPU kernels", "lstm", "cpp", "reference", "float64"):
+    for word in ("fastseq", "torch", "CPU kernels", *OPS, "cpp", "reference", "float64"):
         assert word in result.output
 
 

@@ -50,24 +50,20 @@ class Memory {
   int64_t size_ = 0;
 };
 
-// All scratch of one call, in pieces aligned to cache lines. One at a time in a thread.
+// All scratch of one call. One at a time in a thread.
 template <typename T>
 class Arena {
  public:
   static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
-  explicit Arena(int64_t count) : next_(static_cast<T*>(memory().at_least(padded(count) * sizeof(T)))) {
+  explicit Arena(int64_t count) : data_(static_cast<T*>(memory().at_least(padded(count) * sizeof(T)))) {
     static const bool poison = std::getenv("FASTSEQ_POISON") != nullptr;  // tests: an element nobody wrote shows as NaN
-    if (poison) memset(next_, 0xff, padded(count) * sizeof(T));
+    if (poison) memset(data_, 0xff, padded(count) * sizeof(T));
   }
   ~Arena() { memory().give_back_if_large(); }
   Arena(const Arena&) = delete;
 
-  T* take(int64_t count) {
-    T* taken = next_;
-    next_ += padded(count);
-    return taken;
-  }
+  T* data() const { return data_; }
 
  private:
   static Memory& memory() {
@@ -75,7 +71,22 @@ class Arena {
     return kept;
   }
 
-  T* next_;
+  T* data_;
+};
+
+// Cuts memory from `next` on into pieces aligned to cache lines, or, if that is null, counts what they come to.
+template <typename T>
+struct Pieces {
+  T* next;
+  int64_t count = 0;
+
+  T* take(int64_t wanted) {
+    T* taken = next;
+    const int64_t padded = Arena<T>::padded(wanted);
+    if (next) next += padded;
+    count += padded;
+    return taken;
+  }
 };
 
 }  // namespace fastseq::FASTSEQ_ISA

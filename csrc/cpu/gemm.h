@@ -16,25 +16,22 @@ template <typename T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
 // 6 x 2 sums, 2 vectors of the panel and a broadcast fill the 16 registers of AVX2.
 constexpr int kTileRows = 6;
-// Fewer rows take two or four panels at once: an FMA's latency wants eight sums in flight.
+// Fewer rows take several panels at once: an FMA's latency wants eight sums in flight, and there are registers for twelve.
 constexpr int kWideRows = 3;
-constexpr int wide_panels(int64_t rows) { return rows == 1 ? 4 : rows <= kWideRows ? 2 : 1; }
 
-// How the columns of a matrix are laid out in panels. `kPlain`: one after the other. `kGates`: the columns are four gates of
-// `count` units; four panels in a row hold the four gates of one block of units, so that whoever owns units owns panels.
+// How the columns of a matrix are laid out in panels: its columns are `gates` gates of `count` units, and as many panels in a
+// row hold a panel's worth of units of each gate, from gate `first_gate` on, so that whoever owns units owns panels.
 template <typename T>
 struct Columns {
-  enum Kind { kPlain, kGates };
   int64_t count;
-  Kind kind;
+  int gates = 1, first_gate = 0;
 
-  int64_t blocks() const { return (count + kPanel<T> - 1) / kPanel<T>; }
-  int64_t panels() const { return kind == kGates ? 4 * blocks() : blocks(); }
+  int64_t panels() const { return gates * ((count + kPanel<T> - 1) / kPanel<T>); }
   int64_t first(int64_t panel, int v) const {
-    return kind == kGates ? panel % 4 * count + panel / 4 * kPanel<T> + v * kLanes<T> : panel * kPanel<T> + v * kLanes<T>;
+    return (panel + first_gate) % gates * count + panel / gates * kPanel<T> + v * kLanes<T>;
   }
   int lanes(int64_t panel, int v) const {
-    const int64_t column = (kind == kGates ? panel / 4 : panel) * kPanel<T> + v * kLanes<T>;
+    const int64_t column = panel / gates * kPanel<T> + v * kLanes<T>;
     return int(std::max<int64_t>(0, std::min<int64_t>(kLanes<T>, count - column)));
   }
 };
@@ -131,6 +128,16 @@ void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, i
   }
 }
 
+// A tile of kRows rows and of as many of `count` panels as it takes, at most kMost; returns how many.
+template <typename T, int kRows, int kMost>
+int64_t wide_tile(int64_t count, int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width,
+                  bool add) {
+  if constexpr (kMost > 1)
+    if (count < kMost || (kMost == 3 && count == 4)) return wide_tile<T, kRows, kMost - 1>(count, K, left, panel, panel_stride, sums, width, add);
+  tile<T, kRows, kMost, false>(K, left, panel, panel_stride, sums, width, add, panel);
+  return kMost;
+}
+
 // How many rows of the left-hand matrix are worked on at once, so that they stay in the L2 cache (192 KB of it) while the
 // panels pass.
 constexpr int64_t kMostBlockRows = 16 * kTileRows;
@@ -148,15 +155,13 @@ FASTSEQ_INLINE void multiply_panels(const Packed<T>& w, int64_t panel, int64_t c
                                     int64_t rows, T* sums, int64_t width, bool add) {
   constexpr int64_t kDepth = 16 * 1024 / (kPanel<T> * sizeof(T));
   const int64_t stride = w.K * kPanel<T>;
-  if (rows <= kWideRows && count % wide_panels(rows) == 0) {
-    for (int64_t q = 0; q < count; q += wide_panels(rows)) {
+  if (rows <= kWideRows) {
+    for (int64_t q = 0; q < count;) {
       const T* first = w.panel(panel + q);
       T* out = sums + q * kPanel<T>;
-      switch (rows) {
-        case 1: tile<T, 1, wide_panels(1), false>(w.K, left, first, stride, out, width, add, nullptr); break;
-        case 2: tile<T, 2, wide_panels(2), false>(w.K, left, first, stride, out, width, add, nullptr); break;
-        case 3: tile<T, 3, wide_panels(3), false>(w.K, left, first, stride, out, width, add, nullptr); break;
-      }
+      q += rows == 1 ? wide_tile<T, 1, 4>(count - q, w.K, left, first, stride, out, width, add)
+           : rows == 2 ? wide_tile<T, 2, 3>(count - q, w.K, left, first, stride, out, width, add)
+                       : wide_tile<T, 3, 2>(count - q, w.K, left, first, stride, out, width, add);
     }
     return;
   }
@@ -174,11 +179,10 @@ FASTSEQ_INLINE void multiply_panels(const Packed<T>& w, int64_t panel, int64_t c
     }
 }
 
-// result[rows][columns] = start + left times panels [first, last). `start(result, panel, v, lanes)` gives a vector of what the
-// result starts from.
-template <typename T, typename Start>
+// left[rows][K] times panels [first, last): every vector of the product goes to put(row, column, lanes, vector).
+template <typename T, typename Put>
 void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int64_t last, Left<T> left, int64_t rows,
-              T* result, int64_t result_stride, const Start& start) {
+              const Put& put) {
   constexpr int64_t kPanelsAtOnce = 2;
   T sums[kMostBlockRows * kPanelsAtOnce * kPanel<T>];
   const int64_t most = block_rows<T>(w.K);
@@ -192,11 +196,9 @@ void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int6
       for (int64_t q = panel; q < panel + count; ++q)
         for (int v = 0; v < kPanelVectors; ++v) {
           const int lanes = columns.lanes(q, v);
-          if (lanes == 0) continue;
+          const int64_t column = columns.first(q, v);
           const T* sum = sums + (q - panel) * kPanel<T> + v * kLanes<T>;
-          T* out = result + row * result_stride + columns.first(q, v);
-          for (int64_t i = 0; i < height; ++i, sum += count * kPanel<T>, out += result_stride)
-            store(out, load(sum) + start(out, q, v, lanes), lanes);
+          for (int64_t i = 0; lanes && i < height; ++i) put(row + i, column, lanes, load(sum + i * count * kPanel<T>));
         }
     }
   }
@@ -210,24 +212,26 @@ constexpr int64_t kFewOuterProducts = 4;
 
 template <typename T>
 int64_t scratch_for_outer(int64_t columns) {
-  return kOuterDepth * ((Columns<T>{columns, Columns<T>::kPlain}).panels() * kPanel<T> + kOuterRows);
+  return kOuterDepth * (Columns<T>{columns}.panels() * kPanel<T> + kOuterRows);
 }
 
 template <typename T, typename LeftRows, typename RightRows>
 void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int64_t begin, int64_t end, int64_t columns,
                     T* result, bool add, T* scratch) {
-  const Columns<T> plain{columns, Columns<T>::kPlain};
+  const Columns<T> plain{columns};
   T* packed_left = scratch;
   T* packed_right = scratch + kOuterDepth * kOuterRows;
   if (K <= kFewOuterProducts) {
     T scales[kFewOuterProducts];
+    const T* rows[kFewOuterProducts];
+    for (int64_t k = 0; k < K; ++k) rows[k] = right(k);
     for (int64_t m = begin; m < end; ++m) {
       for (int64_t k = 0; k < K; ++k) scales[k] = left(k)[m];
       for (int64_t n = 0; n < columns; n += kLanes<T>) {
         const int lanes = int(std::min<int64_t>(kLanes<T>, columns - n));
         T* out = result + m * columns + n;
         Vec<T> total = add ? load(out, lanes) : Vec<T>{};
-        for (int64_t k = 0; k < K; ++k) total += load(right(k) + n, lanes) * scales[k];
+        for (int64_t k = 0; k < K; ++k) total += load(rows[k] + n, lanes) * scales[k];
         store(out, total, lanes);
       }
     }
@@ -283,23 +287,23 @@ void multiply_row(const T* left, const T* w, int64_t ld, int64_t K, int64_t begi
   if (begin < end) columns(begin, 1, int(end - begin));
 }
 
-// Four dot products of length K at once: rows w, w + gap, w + 2 gap, w + 3 gap with v.
-template <typename T>
-FASTSEQ_INLINE void dot_four(const T* w, int64_t gap, const T* v, int64_t K, T (&out)[4]) {
+// kCount dot products of length K at once: rows w, w + gap, w + 2 gap, ... with v; added to `out`.
+template <int kCount, typename T>
+FASTSEQ_INLINE void dot_rows(const T* w, int64_t gap, const T* v, int64_t K, T* out) {
   constexpr int n = kLanes<T>;
-  Vec<T> sums[2][4] = {};
+  Vec<T> sums[2][kCount] = {};
   int64_t k = 0;
   for (; k + 2 * n <= K; k += 2 * n)
     for (int s = 0; s < 2; ++s) {
       const Vec<T> values = load(v + k + s * n);
-      for (int i = 0; i < 4; ++i) sums[s][i] += load(w + i * gap + k + s * n) * values;
+      for (int i = 0; i < kCount; ++i) sums[s][i] += load(w + i * gap + k + s * n) * values;
     }
   for (; k < K; k += n) {
     const int lanes = int(std::min<int64_t>(n, K - k));
     const Vec<T> values = load(v + k, lanes);
-    for (int i = 0; i < 4; ++i) sums[0][i] += load(w + i * gap + k, lanes) * values;
+    for (int i = 0; i < kCount; ++i) sums[0][i] += load(w + i * gap + k, lanes) * values;
   }
-  for (int i = 0; i < 4; ++i) out[i] += sum<T>(sums[0][i] + sums[1][i]);
+  for (int i = 0; i < kCount; ++i) out[i] += sum<T>(sums[0][i] + sums[1][i]);
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

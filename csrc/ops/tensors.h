@@ -9,9 +9,11 @@
 #include <cstring>
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "cpu/lstm.h"
+#include "cpu/recurrent.h"
 
 namespace fastseq {
 
@@ -36,11 +38,18 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return made;
 }
 
-inline void check(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype, "lstm: ", name, " must be on the CPU and have x's dtype");
+inline void check(bool sound, const char* op, const char* name, const char* expected) {
+  if (!sound) throw std::runtime_error(std::string(op) + ": " + name + " must be " + expected);
+}
+
+inline void check(const Tensor& t, const char* op, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  check(t.is_cpu() && t.scalar_type() == dtype, op, name, "on the CPU and have the right dtype");
   bool same = t.dim() == int64_t(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(int64_t(i)) == sizes.begin()[i];
-  STD_TORCH_CHECK(same, "lstm: ", name, " has the wrong shape");
+  if (same) return;
+  std::string expected;
+  for (const int64_t size : sizes) expected += (expected.empty() ? "[" : ", ") + std::to_string(size);
+  check(false, op, name, (expected + "]").c_str());
 }
 
 // A tensor with elements in order in the last dimension, and in all of them unless `rows` will do.

@@ -1,125 +1,302 @@
 """Recurrent modules on fastseq's ops."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.dynamo import assume_constant_result
-from fastseq.ops import lstm as lstm_op
-from fastseq.registry import OPS, BackendError, requested_backend
+from fastseq.nn.serving import are_sound, autocast_dtype, cast, computes_in, torch_forward, why_torch
+from fastseq.ops.gru import GRU as GRU_OP
+from fastseq.ops.lstm import LSTM as LSTM_OP
+from fastseq.ops.recurrent import Arguments, Recurrent
+from fastseq.ops.rnn import RNN_RELU, RNN_TANH
 
 
-# Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
-@assume_constant_result
-def _requested() -> str | None:
-    return requested_backend()
+class _Layers(torch.nn.RNNBase):
+    """What the three modules share: torch's contract around calls of an op, layer by layer."""
+
+    # Whether autocast gives its low precision back, as in torch, or float32.
+    _autocast_lowers = True
+
+    @property
+    def op(self) -> Recurrent:
+        """The op that serves this module."""
+        raise NotImplementedError
+
+    def why_torch(self) -> str | None:
+        """Why this layer takes torch's path whatever its input, or None."""
+        weight = getattr(self, self._flat_weights_names[0])
+        return why_torch(self.op, weight.device.type, weight.dtype)
+
+    def _run(
+        self,
+        torchs_forward: Callable[..., Any],
+        input: Any,
+        hx: Any,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: Any = None,
+        return_cell_sequence: bool = False,
+    ) -> Any:
+        op, name = self.op, type(self).__name__
+        options = not (lengths is None and reset is None and reset_state is None) or return_cell_sequence
+        packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
+        if not isinstance(x, Tensor):
+            return torch_forward(torchs_forward, name, None, input, hx)
+        low = autocast_dtype(x)
+        parameters = self._parameters
+        weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
+        # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
+        sizes = input.batch_sizes if packed else None
+        sound = self._is_sound(x, sizes, hx, weights, low is not None)
+        reason = None if options and sound else why_torch(op, x.device.type, x.dtype)
+        if reason is not None or not sound:
+            if packed and hx is not None:  # which torch forgets to check, and reads past the states' end
+                self.check_forward_args(x, hx, sizes)
+            return torch_forward(torchs_forward, name, reason, input, hx)
+
+        states = self._states(hx)
+        batched = packed or x.dim() == 3
+        if packed:
+            states = reordered(states, input.sorted_indices)
+        elif not batched:
+            x, states = x.unsqueeze(1), [None if s is None else s.unsqueeze(1) for s in states]
+        elif self.batch_first:
+            x = x.transpose(0, 1)
+        reset_states: list[Tensor | None] = [None, None]
+        if options:
+            lengths, reset, reset_states = self._options(batched, lengths, reset, reset_state)
+            per_layer = len(weights) // self.num_layers
+            op.check(self._arguments(0, x, states, weights[:per_layer], sizes, lengths, reset, reset_states))
+
+        given = x.dtype
+        wanted = given if low is None else low if self._autocast_lowers else torch.float32
+        compute = torch.float32 if low is not None else computes_in(given)
+        if compute != given or low is not None:
+            x, states, weights, reset_states = (cast(t, compute) for t in (x, states, weights, reset_states))
+        y, finals, cells = self._layers(x, states, weights, sizes, lengths, reset, reset_states, return_cell_sequence)
+        if compute != wanted:
+            y, finals, cells = cast(y, wanted), cast(finals, wanted), cast(cells, wanted)
+
+        sequences = [y] if cells is None else [y, cells]
+        if packed:
+            finals = reordered(finals, input.unsorted_indices)
+            sequences = [input._replace(data=t) for t in sequences]
+        elif not batched:
+            sequences, finals = [t.squeeze(1) for t in sequences], [s.squeeze(1) for s in finals]
+        elif self.batch_first:
+            sequences = [t.transpose(0, 1) for t in sequences]
+        return sequences[0], tuple(finals) if op.has_cell else finals[0], *sequences[1:]
+
+    def _layers(
+        self,
+        x: Tensor,
+        states: list[Tensor | None],
+        weights: list[Tensor],
+        sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_states: list[Tensor | None],
+        want_cells: bool,
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """y, h_n and c_n of all layers, and c of the last layer's steps if it is wanted."""
+        op, L = self.op, self.num_layers
+        count = len(weights) // L
+        finals: list[tuple[Tensor, Tensor]] = []
+        for layer in range(L):
+            last = layer == L - 1
+            mine = weights if L == 1 else weights[layer * count : (layer + 1) * count]
+            arguments = self._arguments(layer, x, states, mine, sizes, lengths, reset, reset_states)
+            x, h_n, c_n, _, cells = op(arguments, save_cells=want_cells and last)
+            finals.append((h_n, c_n))
+            if self.dropout > 0 and self.training and not last:
+                x = torch.dropout(x, self.dropout, True)
+        kept = finals[0] if L == 1 else [torch.cat([final[k] for final in finals]) for k in range(1 + op.has_cell)]
+        cells_of_steps = None
+        if want_cells:  # from [D, N, H]
+            cells_of_steps = cells.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return x, list(kept[: 1 + op.has_cell]), cells_of_steps
+
+    def _arguments(
+        self,
+        layer: int,
+        x: Tensor,
+        states: list[Tensor | None],
+        weights: list[Tensor],
+        sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_states: list[Tensor | None],
+    ) -> Arguments:
+        D, L = 2 if self.bidirectional else 1, self.num_layers
+
+        def mine(state: Tensor | None) -> Tensor | None:
+            return state if state is None or L == 1 else state[layer * D : (layer + 1) * D]
+
+        h0, c0 = states
+        reset_h, reset_c = reset_states
+        return Arguments(
+            x, mine(h0), mine(c0), weights, self.bidirectional, sizes, lengths, reset, mine(reset_h), mine(reset_c)
+        )
+
+    def _states(self, hx: Any) -> list[Tensor | None]:
+        """[h, c], None for what there is not."""
+        if hx is None:
+            return [None, None]
+        return list(hx) if self.op.has_cell else [hx, None]
+
+    def _options(
+        self, batched: bool, lengths: Any, reset: Any, reset_state: Any
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """The options as the op wants them."""
+        for option, value in (("lengths", lengths), ("reset", reset)):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{option} must be a torch.Tensor, got {type(value).__name__}")
+        if lengths is not None:
+            if lengths.is_floating_point() or lengths.dtype == torch.bool:
+                raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+            lengths = lengths.to("cpu", torch.int64)
+        if reset_state is not None:
+            if reset is None:
+                raise ValueError("reset_state is what a state is reset to: it needs reset")
+            if self.op.has_cell and not (isinstance(reset_state, (tuple, list)) and len(reset_state) == 2):
+                raise TypeError(f"reset_state must be a pair (h, c), got {type(reset_state).__name__}")
+        anew = self._states(reset_state)
+        for value in anew:
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"reset_state must hold torch.Tensors, got {type(value).__name__}")
+        if not batched:
+            lengths = None if lengths is None else lengths.reshape(-1)
+            reset = None if reset is None else reset.unsqueeze(-1)
+            anew = [None if s is None else s.unsqueeze(1) for s in anew]
+        elif self.batch_first and reset is not None:
+            reset = reset.transpose(0, 1)
+        return lengths, reset, anew
+
+    def _is_sound(self, x: Tensor, sizes: Tensor | None, hx: Any, weights: list[Any], autocast: bool) -> bool:
+        """Whether the arguments are as torch's checks and the op want them."""
+        rank, shape = x.dim(), x.shape
+        if rank not in ((2, 3) if sizes is None else (2,)) or shape[-1] != self.input_size:
+            return False
+        batch_first = self.batch_first and rank == 3
+        if shape[1 if batch_first else 0] == 0:
+            return False
+        dtype, device = x.dtype, x.device
+        if not are_sound(weights, dtype, device, autocast) or not dtype.is_floating_point or x.layout != torch.strided:
+            return False
+        if hx is None:
+            return True
+        if self.op.has_cell and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            return False
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        if sizes is not None:
+            batch: tuple[int, ...] = (int(sizes[0]),)
+        else:
+            batch = () if rank == 2 else (shape[0 if batch_first else 1],)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)
+        return all(
+            isinstance(s, Tensor)
+            and s.shape == (states, *batch, width)
+            and (s.dtype == dtype or autocast)
+            and s.device == device
+            for s, width in zip(self._states(hx), widths, strict=True)
+            if s is not None or self.op.has_cell
+        )
 
 
-@assume_constant_result
-def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether something better than the reference serves the op, or an implementation is asked for by name."""
-    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
+def reordered(states: Any, order: Tensor | None) -> Any:
+    """States with their rows of the batch in another order."""
+    return states if order is None else [None if s is None else s.index_select(1, order) for s in states]
 
 
-class LSTM(torch.nn.LSTM):
+class LSTM(_Layers, torch.nn.LSTM):
     """Drop-in for `torch.nn.LSTM`: the same arguments, parameters, results and errors on fused kernels.
 
     What the kernels do not cover (see `why_torch`) takes torch's own path.
     """
 
-    always_torch = "but torch for packed input and under autocast"
+    @property
+    def op(self) -> Recurrent:
+        return LSTM_OP
 
-    def why_torch(self) -> str | None:
-        """Why this layer takes torch's path whatever its input, or None."""
-        weight = getattr(self, self._flat_weights_names[0])
-        return self._why_torch_on(weight.device.type, weight.dtype)
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+        return_cell_sequence: bool = False,
+    ) -> Any:
+        """See `torch.nn.LSTM`; the arguments by keyword go beyond it.
 
-    def _why_torch_on(self, device: str, dtype: torch.dtype) -> str | None:
-        if self.proj_size > 0:
-            return "proj_size has no kernel yet"
-        if not _is_served("lstm", device, dtype):
-            return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
-        return None
+        Args:
+            input: [T, B, I], [B, T, I] if batch_first, [T, I], or a PackedSequence.
+            hx: a pair (h_0, c_0).
+            lengths: [B] integers, how many steps each row of a padded input has. Outputs past them are 0, and h_n and
+                c_n are the states after each row's last step, as if the input had been packed.
+            reset: bool, like input without its last dimension: the state is replaced before the steps where it is
+                true, and no direction carries anything across (episodes in reinforcement learning).
+            reset_state: a pair like hx, what the state is replaced by; zeros by default.
+            return_cell_sequence: whether to return all c_t too.
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """See `torch.nn.LSTM`: `input` [T, B, I], [B, T, I] if batch_first, or [T, I]; `hx` a pair (h_0, c_0)."""
-        if isinstance(input, PackedSequence):
-            return self._torch_forward("packed input has no kernel yet", input, hx)
-        if not isinstance(input, Tensor):
-            return self._torch_forward(None, input, hx)
-        device = input.device.type
-        reason = self._why_torch_on(device, input.dtype)
-        if reason is None and torch.is_autocast_enabled(device):
-            reason = "autocast has no kernel yet"
-        parameters = self._parameters
-        weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
-        # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
-        if reason is not None or not self._is_sound(input, hx, weights):
-            return self._torch_forward(reason, input, hx)
+        Returns:
+            output and (h_n, c_n); with `return_cell_sequence` also the last layer's cell states, like output with
+            D*hidden_size features.
 
-        h0, c0 = (None, None) if hx is None else hx
-        batched = input.dim() == 3
-        if not batched:
-            x = input.unsqueeze(1)
-            if hx is not None:
-                h0, c0 = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
-        else:
-            x = input.transpose(0, 1) if self.batch_first else input
+        Raises:
+            ValueError, TypeError: for these arguments, with the argument's name; for the others what torch raises.
+        """
+        return self._run(super().forward, input, hx, lengths, reset, reset_state, return_cell_sequence)
 
-        if self.num_layers == 1:
-            x, h_n, c_n = lstm_op.call(x, h0, c0, weights, self.bidirectional)
-        else:
-            x, h_n, c_n = self._layers(x, h0, c0, weights)
 
-        if not batched:
-            return x.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        return x.transpose(0, 1) if self.batch_first else x, (h_n, c_n)
+class GRU(_Layers, torch.nn.GRU):
+    """Drop-in for `torch.nn.GRU`: the same arguments, parameters, results and errors on fused kernels.
 
-    def _layers(
-        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        L, D = self.num_layers, 2 if self.bidirectional else 1
-        count = len(weights) // L
-        h_n, c_n = [], []
-        for layer in range(L):
-            mine = slice(layer * D, (layer + 1) * D)
-            x, h, c = lstm_op.call(
-                x,
-                None if h0 is None else h0[mine],
-                None if c0 is None else c0[mine],
-                weights[layer * count : (layer + 1) * count],
-                self.bidirectional,
-            )
-            h_n.append(h)
-            c_n.append(c)
-            if self.dropout > 0 and self.training and layer < L - 1:
-                x = torch.dropout(x, self.dropout, True)
-        return x, torch.cat(h_n), torch.cat(c_n)
+    What the kernels do not cover (see `why_torch`) takes torch's own path.
+    """
 
-    def _torch_forward(self, reason: str | None, input: Any, hx: Any) -> Any:
-        if reason is not None and (requested := _requested()) is not None:
-            raise BackendError(f"fastseq.nn.LSTM: {requested} was asked for but {reason}")
-        return super().forward(input, hx)
+    _autocast_lowers = False
 
-    def _is_sound(self, input: Tensor, hx: Any, weights: list[Any]) -> bool:
-        """Whether the arguments are as torch's checks and the op want them."""
-        rank, shape = input.dim(), input.shape
-        if rank not in (2, 3) or shape[-1] != self.input_size:
-            return False
-        if shape[1 if self.batch_first and rank == 3 else 0] == 0:
-            return False
-        dtype, device = input.dtype, input.device
-        if any(w is None or w.dtype != dtype for w in weights) or weights[0].device != device:
-            return False
-        if hx is None:
-            return True
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return False
-        states = self.num_layers * (2 if self.bidirectional else 1)
-        batch = () if rank == 2 else (shape[0 if self.batch_first else 1],)
-        expected = (states, *batch, self.hidden_size)
-        return all(
-            isinstance(s, Tensor) and s.shape == expected and s.dtype == dtype and s.device == device for s in hx
-        )
+    @property
+    def op(self) -> Recurrent:
+        return GRU_OP
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Any:
+        """See `torch.nn.GRU`, and `fastseq.nn.LSTM` for the arguments by keyword; `reset_state` is like hx."""
+        return self._run(super().forward, input, hx, lengths, reset, reset_state)
+
+
+class RNN(_Layers, torch.nn.RNN):
+    """Drop-in for `torch.nn.RNN`: the same arguments, parameters, results and errors on fused kernels.
+
+    What the kernels do not cover (see `why_torch`) takes torch's own path.
+    """
+
+    @property
+    def op(self) -> Recurrent:
+        return RNN_TANH if self.nonlinearity == "tanh" else RNN_RELU
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> Any:
+        """See `torch.nn.RNN`, and `fastseq.nn.LSTM` for the arguments by keyword; `reset_state` is like hx."""
+        return self._run(super().forward, input, hx, lengths, reset, reset_state)

@@ -13,19 +13,22 @@ LIBRARY = torch.library.Library("fastseq", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether nothing but a kernel wants to see a call on x: no tracing, no mode, no transform, no tensor subclass.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but a kernel wants to see a call on these: no tracing, no mode, no transform, no tensor subclass.
 
     Such a call can go to the kernel at once, which spares the dispatcher's two calls of Python: at one step a call,
     they would take longer than the kernel.
     """
     return (
-        type(x) is Tensor
+        all(type(t) in _PLAIN for t in tensors)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()

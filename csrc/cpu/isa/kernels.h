@@ -1,9 +1,17 @@
 // All CPU kernels, for the instruction set that the including source names.
+#include "cpu/gru_kernel.h"
 #include "cpu/lstm_kernel.h"
+#include "cpu/rnn_kernel.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
-extern const LstmKernels lstm_kernels;
-const LstmKernels lstm_kernels = {lstm_forward<float>, lstm_forward<double>, lstm_backward<float>, lstm_backward<double>};
+template <typename Cell>
+constexpr RecurrentKernels kernels_of() {
+  return {forward<Cell, float>, forward<Cell, double>, backward<Cell, float>, backward<Cell, double>};
+}
+
+extern const RecurrentKernels lstm_kernels, gru_kernels, rnn_tanh_kernels, rnn_relu_kernels;
+const RecurrentKernels lstm_kernels = kernels_of<Lstm>(), gru_kernels = kernels_of<Gru>(),
+                       rnn_tanh_kernels = kernels_of<Rnn<false>>(), rnn_relu_kernels = kernels_of<Rnn<true>>();
 
 }  // namespace fastseq::FASTSEQ_ISA

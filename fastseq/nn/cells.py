@@ -1,0 +1,118 @@
+"""Recurrent cells on fastseq's ops: one step of one layer, one fused call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq.nn.serving import are_sound, autocast_dtype, cast, computes_in, torch_forward, why_torch
+from fastseq.ops.gru import GRU
+from fastseq.ops.lstm import LSTM
+from fastseq.ops.recurrent import Arguments, Recurrent
+from fastseq.ops.rnn import RNN_RELU, RNN_TANH
+
+
+class _Cell(torch.nn.RNNCellBase):
+    """What the three cells share."""
+
+    # Whether autocast gives its low precision back, as in torch, or float32.
+    _autocast_lowers = False
+
+    @property
+    def op(self) -> Recurrent:
+        """The op that serves this cell."""
+        raise NotImplementedError
+
+    def why_torch(self) -> str | None:
+        """Why this cell takes torch's path whatever its input, or None."""
+        return why_torch(self.op, self.weight_ih.device.type, self.weight_ih.dtype)
+
+    def _run(self, torchs_forward: Callable[..., Any], x: Any, hx: Any) -> Any:
+        """The next state: h or (h, c), [B, H] or [H]."""
+        op, name = self.op, type(self).__name__
+        states = [None, None] if hx is None else hx if op.has_cell else [hx, None]
+        if not isinstance(x, Tensor):
+            return torch_forward(torchs_forward, name, None, x, hx)
+        low = autocast_dtype(x)
+        weights: Any = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
+        reason = why_torch(op, x.device.type, x.dtype)
+        # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
+        if reason is not None or not self._is_sound(x, states, weights, low is not None):
+            return torch_forward(torchs_forward, name, reason, x, hx)
+
+        given = x.dtype
+        wanted = given if low is None else low if self._autocast_lowers else torch.float32
+        compute = torch.float32 if low is not None else computes_in(given)
+        if compute != given or low is not None:
+            x, states, weights = (cast(t, compute) for t in (x, states, weights))
+        rows = (0,) if x.dim() == 2 else (0, 0)  # T, or T and B
+        for at in rows:
+            x, states = x.unsqueeze(at), [None if s is None else s.unsqueeze(at) for s in states]
+        finals: Any = op(Arguments(x, states[0], states[1], weights))[1 : 2 + op.has_cell]
+        for at in rows:
+            finals = tuple(s.squeeze(at) for s in finals)
+        if compute != wanted:
+            finals = cast(finals, wanted)
+        return finals if op.has_cell else finals[0]
+
+    def _is_sound(self, x: Tensor, states: Any, weights: list[Any], autocast: bool) -> bool:
+        """Whether the arguments are as torch's checks and the op want them."""
+        if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
+            return False
+        if (
+            not are_sound(weights, x.dtype, x.device, autocast)
+            or not x.dtype.is_floating_point
+            or x.layout != torch.strided
+        ):
+            return False
+        if not isinstance(states, (tuple, list)) or len(states) != 2:
+            return False
+        given = [s for s in states if s is not None]
+        if len(given) == 1 and self.op.has_cell:
+            return False
+        return all(
+            isinstance(s, Tensor)
+            and s.shape == (*x.shape[:-1], self.hidden_size)
+            and (s.dtype == x.dtype or autocast)
+            and s.device == x.device
+            for s in given
+        )
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """Drop-in for `torch.nn.LSTMCell`: the same arguments, parameters, results and errors, one fused call."""
+
+    @property
+    def op(self) -> Recurrent:
+        return LSTM
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """See `torch.nn.LSTMCell`: `input` [B, I] or [I], `hx` a pair (h, c); returns the next (h, c)."""
+        return self._run(super().forward, input, hx)
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """Drop-in for `torch.nn.GRUCell`: the same arguments, parameters, results and errors, one fused call."""
+
+    @property
+    def op(self) -> Recurrent:
+        return GRU
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """See `torch.nn.GRUCell`: `input` [B, I] or [I], `hx` h; returns the next h."""
+        return self._run(super().forward, input, hx)
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """Drop-in for `torch.nn.RNNCell`: the same arguments, parameters, results and errors, one fused call."""
+
+    _autocast_lowers = True
+
+    @property
+    def op(self) -> Recurrent:
+        return RNN_TANH if self.nonlinearity == "tanh" else RNN_RELU
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """See `torch.nn.RNNCell`: `input` [B, I] or [I], `hx` h; returns the next h."""
+        return self._run(super().forward, input, hx)

@@ -1,0 +1,77 @@
+"""Whether fastseq's ops serve a recurrent module's call, and in which dtype they compute it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
+
+from fastseq.dynamo import assume_constant_result
+from fastseq.ops.recurrent import Recurrent
+from fastseq.registry import HALF, OPS, BackendError, requested_backend
+
+
+# Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
+@assume_constant_result
+def _requested() -> str | None:
+    return requested_backend()
+
+
+@assume_constant_result
+def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether something better than the reference serves the op, or an implementation is asked for by name."""
+    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
+
+
+def computes_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the op that serves a module of this dtype: half precision is computed in float32."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def why_torch(op: Recurrent, device: str, dtype: torch.dtype) -> str | None:
+    """Why torch's path serves tensors of this kind, or None."""
+    if _is_served(op.name, device, computes_in(dtype)):
+        return None
+    return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
+
+
+def torch_forward(forward: Any, name: str, reason: str | None, *args: Any) -> Any:
+    """The call of torch's own forward.
+
+    Raises:
+        BackendError: an implementation was asked for by name, but there is a reason why none serves.
+    """
+    if reason is not None and (requested := _requested()) is not None:
+        raise BackendError(f"fastseq.nn.{name}: {requested} was asked for but {reason}")
+    return forward(*args)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for in a call on x, or None: it leaves float64 alone."""
+    if x.dtype == torch.float64 or not torch._C._is_any_autocast_enabled():
+        return None
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def are_sound(weights: list[Any], dtype: torch.dtype, device: torch.device, autocast: bool) -> bool:
+    """Whether weights are what an op can take beside an input; torch's path knows what to do with those of other kinds.
+
+    `ExpandedWeight`, which torch.nn.utils computes gradients per sample with, is no instance of Tensor to an op.
+    """
+    return all(
+        isinstance(w, Tensor)
+        and not isinstance(w, ExpandedWeight)
+        and (w.dtype == dtype or autocast)
+        and w.device == device
+        for w in weights
+    )
+
+
+def cast(tensors: Any, dtype: torch.dtype) -> Any:
+    """A tensor or None, or a list or tuple of such, in another dtype."""
+    if isinstance(tensors, (list, tuple)):
+        return type(tensors)([cast(t, dtype) for t in tensors])
+    return None if tensors is None else tensors.to(dtype)
