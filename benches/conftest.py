@@ -12,7 +12,7 @@ from race import race as run_race
 from report import render
 from roofline import UnmeasuredError, measure
 
-SMOKE_PEERS = "torch,onnxruntime"
+SMOKE_PEERS = "torch,plain,onnxruntime"
 OUTCOMES = pytest.StashKey[list]()
 ROOFLINE = pytest.StashKey[str]()
 
@@ -87,13 +87,15 @@ def race(benchmark, pytestconfig, threads, roofline):
 
     def run(op, mode, case):
         names = _peer_names(pytestconfig)
-        peers = [peer for peer in PEERS if peer.name in names and mode in peer.modes]
+        able = names if case.peers is None else [name for name in names if name in case.peers]
+        peers = [peer for peer in PEERS if peer.name in able and mode in peer.modes]
         benchmark.group = f"{op} {case}"
         outcome = run_race(
-            benchmark, mode, case, peers, threads, SMOKE if pytestconfig.option.smoke else FULL, roofline
+            benchmark, op, mode, case, peers, threads, SMOKE if pytestconfig.option.smoke else FULL, roofline
         )
         if outcome is not None:
             benchmark.extra_info.update(
+                op=op,
                 mode=mode,
                 case=str(case),
                 threads=threads,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_lstm import CASES
+from recurrent import SHAPES as CASES
 
 import fastseq
 

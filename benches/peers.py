@@ -15,8 +15,12 @@ import fastseq
 # Unrolling a long sequence can keep a compiler busy for an hour.
 COMPILE_LIMIT_S = 15
 
-# ONNX's name of a layer and its order of gates, as positions in torch's.
-ONNX_LAYERS = {nn.LSTM: ("LSTM", (0, 3, 1, 2))}
+# ONNX's name of a layer, its order of gates, as positions in torch's, and what sets it to torch's formulas.
+ONNX_LAYERS = {
+    nn.LSTM: ("LSTM", (0, 3, 1, 2), {}),
+    nn.GRU: ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
+    nn.RNN: ("RNN", (0,), {}),
+}
 ONNX_OPSET, ONNX_IR = 17, 9
 
 
@@ -36,6 +40,7 @@ class Job:
     x: Tensor
     dy: Tensor | None
     threads: int
+    plain: tuple[nn.Module, Tensor, Tensor] | None = None  # the layer, x and dy that the peer `plain` runs
 
 
 Call = Callable[[], Sequence[Any]]
@@ -58,9 +63,10 @@ def call_of(module: Callable[[Tensor], tuple[Tensor, Any]], layer: nn.Module, x:
 
 
 def exact(job: Job) -> Sequence[Tensor]:
-    """What every peer should return, computed by torch in float64."""
+    """What every peer should return, computed in float64."""
     layer = copy.deepcopy(job.layer).double()
-    return call_of(layer, layer, job.x.double(), None if job.dy is None else job.dy.double())()
+    with fastseq.use_backend("reference"):  # for what only fastseq has
+        return call_of(layer, layer, job.x.double(), None if job.dy is None else job.dy.double())()
 
 
 def fastseq_call(job: Job) -> Call:
@@ -71,6 +77,13 @@ def fastseq_call(job: Job) -> Call:
 def torch_call(job: Job) -> Call:
     layer = copy.deepcopy(job.layer)
     return call_of(layer, layer, job.x, job.dy)
+
+
+def plain_call(job: Job) -> Call:
+    if job.plain is None:
+        raise AbsentError("-")
+    layer, x, dy = job.plain
+    return call_of(fastseq.accelerate(layer), layer, x, None if job.dy is None else dy)
 
 
 def compile_call(job: Job) -> Call:
@@ -133,6 +146,7 @@ class Peer:
         requires: the modules it needs.
         alone: it is timed on its own and then dropped, since its threads go on spinning after a call and slow
             whatever follows, by up to 2x on two cores.
+        same: its results are those of the job, which is checked.
     """
 
     name: str
@@ -140,6 +154,7 @@ class Peer:
     modes: tuple[str, ...] = ("inference", "training")
     requires: tuple[str, ...] = ()
     alone: bool = False
+    same: bool = True
 
     def call(self, job: Job) -> Call:
         """The call for this job.
@@ -155,6 +170,7 @@ class Peer:
 FASTSEQ = Peer("fastseq", fastseq_call)
 PEERS = [
     Peer("torch", torch_call),
+    Peer("plain", plain_call, same=False),
     Peer("torch.compile", compile_call),
     Peer("onnxruntime", onnxruntime_call, ("inference",), ("onnx", "onnxruntime"), alone=True),
     Peer("openvino", openvino_call, ("inference",), ("onnx", "openvino"), alone=True),
@@ -191,7 +207,7 @@ def onnx_model(job: Job) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     layer = job.layer
-    op, order = ONNX_LAYERS[type(layer)]
+    op, order, attributes = ONNX_LAYERS[type(layer)]
     T, B, _ = job.x.shape
     suffixes = ("", "_reverse") if layer.bidirectional else ("",)
     shape = [T, B, len(suffixes) * layer.hidden_size]
@@ -217,6 +233,7 @@ def onnx_model(job: Job) -> bytes:
                 [f"TDBH{n}"],
                 hidden_size=layer.hidden_size,
                 direction="bidirectional" if layer.bidirectional else "forward",
+                **attributes,
             ),
             helper.make_node("Transpose", [f"TDBH{n}"], [f"TBDH{n}"], perm=[0, 2, 1, 3]),
             helper.make_node("Reshape", [f"TBDH{n}", "shape"], [f"y{n}"]),

@@ -21,7 +21,7 @@ PACKAGES = ("fastseq", "torch", "onnxruntime", "openvino")
 
 
 def render(outcomes: Sequence[Outcome], threads: int, roofline: str, color: bool) -> str:
-    """A table of the cases and one of the means for each mode, then what they were measured on.
+    """A table of the cases and one of the means for each op and mode, then what they were measured on.
 
     Args:
         outcomes: of all races.
@@ -32,11 +32,12 @@ def render(outcomes: Sequence[Outcome], threads: int, roofline: str, color: bool
     out = StringIO()
     console = Console(file=out, width=WIDTH, force_terminal=color, highlight=False)
     for mode in MODES:
-        of_mode = [outcome for outcome in outcomes if outcome.mode == mode]
-        if of_mode:
-            console.print(f"[bold]{mode}[/]: time of each peer over fastseq's (above 1: fastseq is faster)")
-            console.print(_cases(of_mode))
-            console.print(_means(of_mode))
+        for op in dict.fromkeys(outcome.op for outcome in outcomes):
+            of_both = [outcome for outcome in outcomes if (outcome.op, outcome.mode) == (op, mode)]
+            if of_both:
+                console.print(f"[bold]{op}, {mode}[/]: time of each peer over fastseq's (above 1: fastseq is faster)")
+                console.print(_cases(of_both))
+                console.print(_means(of_both))
     console.print(f"{_machine()}, {threads} threads; {_versions()}; commit {_commit()}", soft_wrap=True)
     served_by = ", ".join(sorted({outcome.served_by for outcome in outcomes}))
     console.print(f"fastseq's layers served by {served_by} ({native.instruction_set()}); roofline {roofline}")

@@ -60,9 +60,25 @@ void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, cons
   }
 }
 
+// A reference to a function that gives the rows of a matrix: a pointer to row k. It keeps what takes one from being compiled
+// for each caller.
+template <typename T>
+class Rows {
+ public:
+  template <typename Function>
+  Rows(const Function& function) : function_(&function), call_([](const void* f, int64_t k) -> const T* {
+    return (*static_cast<const Function*>(f))(k);
+  }) {}
+  const T* operator()(int64_t k) const { return call_(function_, k); }
+
+ private:
+  const void* function_;
+  const T* (*call_)(const void*, int64_t);
+};
+
 // Packs panels [begin, end) of a matrix whose row k is rows(k), for K rows.
-template <typename T, typename Rows>
-void pack_rows(const Columns<T>& columns, int64_t begin, int64_t end, const Rows& rows, int64_t K, T* packed) {
+template <typename T>
+void pack_rows(const Columns<T>& columns, int64_t begin, int64_t end, Rows<T> rows, int64_t K, T* packed) {
   for (int64_t k = 0; k < K; ++k) {
     const T* row = rows(k);
     for (int64_t panel = begin; panel < end; ++panel)
@@ -151,7 +167,7 @@ int64_t block_rows(int64_t K) {
 // and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first give the
 // hardware nothing to predict from.
 template <typename T>
-FASTSEQ_INLINE void multiply_panels(const Packed<T>& w, int64_t panel, int64_t count, int64_t next, Left<T> left,
+void multiply_panels(const Packed<T>& w, int64_t panel, int64_t count, int64_t next, Left<T> left,
                                     int64_t rows, T* sums, int64_t width, bool add) {
   constexpr int64_t kDepth = 16 * 1024 / (kPanel<T> * sizeof(T));
   const int64_t stride = w.K * kPanel<T>;
@@ -215,8 +231,8 @@ int64_t scratch_for_outer(int64_t columns) {
   return kOuterDepth * (Columns<T>{columns}.panels() * kPanel<T> + kOuterRows);
 }
 
-template <typename T, typename LeftRows, typename RightRows>
-void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int64_t begin, int64_t end, int64_t columns,
+template <typename T>
+void multiply_outer(Rows<T> left, Rows<T> right, int64_t K, int64_t begin, int64_t end, int64_t columns,
                     T* result, bool add, T* scratch) {
   const Columns<T> plain{columns};
   T* packed_left = scratch;
@@ -241,7 +257,8 @@ void multiply_outer(const LeftRows& left, const RightRows& right, int64_t K, int
   for (int64_t k0 = 0; k0 == 0 || k0 < K; k0 += kOuterDepth) {
     const int64_t depth = std::min(kOuterDepth, K - k0);
     const Packed<T> w{packed_right, depth};
-    pack_rows<T>(plain, 0, plain.panels(), [&](int64_t k) { return right(k0 + k); }, depth, packed_right);
+    const auto slice = [&](int64_t k) { return right(k0 + k); };
+    pack_rows<T>(plain, 0, plain.panels(), slice, depth, packed_right);
     for (int64_t m0 = begin; m0 < end; m0 += kOuterRows) {
       const int64_t rows = std::min(kOuterRows, end - m0);
       for (int64_t k = 0; k < depth; ++k) {
