@@ -81,11 +81,23 @@ FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
     store_part<T>(p, v, n);
 }
 
+// Adds halves to halves: a chain of few dependent additions.
+template <typename T, int kCount>
+FASTSEQ_INLINE T sum_of(const T (&lanes)[kCount]) {
+  if constexpr (kCount == 1) {
+    return lanes[0];
+  } else {
+    T halves[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) halves[i] = lanes[i] + lanes[i + kCount / 2];
+    return sum_of<T, kCount / 2>(halves);
+  }
+}
+
 template <typename T>
 FASTSEQ_INLINE T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  return sum_of<T, kLanes<T>>(lanes);
 }
 
 // expm1(x) = 2^n expm1(r) + (2^n - 1) with x = n ln2 + r and |r| <= ln2/2. The polynomial for (expm1(r) - r) / r^2

@@ -12,6 +12,9 @@ from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import Arguments, Recurrent
 from fastseq.ops.rnn import RNN_RELU, RNN_TANH
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_NO_STATES = (None, None)
+
 
 class _Cell(torch.nn.RNNCellBase):
     """What the three cells share."""
@@ -30,54 +33,53 @@ class _Cell(torch.nn.RNNCellBase):
 
     def _run(self, torchs_forward: Callable[..., Any], x: Any, hx: Any) -> Any:
         """The next state: h or (h, c), [B, H] or [H]."""
-        op, name = self.op, type(self).__name__
-        states = [None, None] if hx is None else hx if op.has_cell else [hx, None]
+        op = self.op
+        states = _NO_STATES if hx is None else hx if op.has_cell else (hx, None)
         if not isinstance(x, Tensor):
-            return torch_forward(torchs_forward, name, None, x, hx)
+            return torch_forward(torchs_forward, type(self).__name__, None, x, hx)
         low = autocast_dtype(x)
-        weights: Any = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
-        reason = why_torch(op, x.device.type, x.dtype)
+        parameters = self._parameters
+        names = _WEIGHTS if self.bias else _WEIGHTS[:2]
+        weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in names]
+        given = x.dtype
+        reason = why_torch(op, x.device.type, given)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
         if reason is not None or not self._is_sound(x, states, weights, low is not None):
-            return torch_forward(torchs_forward, name, reason, x, hx)
+            return torch_forward(torchs_forward, type(self).__name__, reason, x, hx)
 
-        given = x.dtype
         wanted = given if low is None else low if self._autocast_lowers else torch.float32
         compute = torch.float32 if low is not None else computes_in(given)
         if compute != given or low is not None:
             x, states, weights = (cast(t, compute) for t in (x, states, weights))
-        rows = (0,) if x.dim() == 2 else (0, 0)  # T, or T and B
-        for at in rows:
-            x, states = x.unsqueeze(at), [None if s is None else s.unsqueeze(at) for s in states]
-        finals: Any = op(Arguments(x, states[0], states[1], weights))[1 : 2 + op.has_cell]
-        for at in rows:
-            finals = tuple(s.squeeze(at) for s in finals)
+        rows = 1 if x.dim() == 2 else 2  # T, or T and B
+        h, c = states
+        for _ in range(rows):
+            x, h, c = x.unsqueeze(0), h if h is None else h.unsqueeze(0), c if c is None else c.unsqueeze(0)
+        finals: Any = op(Arguments(x, h, c, weights))[1 : 2 + op.has_cell]
+        for _ in range(rows):
+            finals = tuple([s.squeeze(0) for s in finals])
         if compute != wanted:
             finals = cast(finals, wanted)
         return finals if op.has_cell else finals[0]
 
     def _is_sound(self, x: Tensor, states: Any, weights: list[Any], autocast: bool) -> bool:
         """Whether the arguments are as torch's checks and the op want them."""
-        if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
+        shape, dtype, device = x.shape, x.dtype, x.device
+        if len(shape) not in (1, 2) or shape[-1] != self.input_size:
             return False
-        if (
-            not are_sound(weights, x.dtype, x.device, autocast)
-            or not x.dtype.is_floating_point
-            or x.layout != torch.strided
-        ):
+        if not are_sound(weights, dtype, device, autocast) or not dtype.is_floating_point or x.layout != torch.strided:
             return False
+        if states is _NO_STATES:
+            return True
         if not isinstance(states, (tuple, list)) or len(states) != 2:
             return False
-        given = [s for s in states if s is not None]
-        if len(given) == 1 and self.op.has_cell:
-            return False
-        return all(
-            isinstance(s, Tensor)
-            and s.shape == (*x.shape[:-1], self.hidden_size)
-            and (s.dtype == x.dtype or autocast)
-            and s.device == x.device
-            for s in given
-        )
+        expected = (*shape[:-1], self.hidden_size)
+        for state in states if self.op.has_cell else states[:1]:
+            if not isinstance(state, Tensor) or state.shape != expected or state.device != device:
+                return False
+            if state.dtype != dtype and not autocast:
+                return False
+        return True
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):

@@ -61,13 +61,12 @@ def are_sound(weights: list[Any], dtype: torch.dtype, device: torch.device, auto
 
     `ExpandedWeight`, which torch.nn.utils computes gradients per sample with, is no instance of Tensor to an op.
     """
-    return all(
-        isinstance(w, Tensor)
-        and not isinstance(w, ExpandedWeight)
-        and (w.dtype == dtype or autocast)
-        and w.device == device
-        for w in weights
-    )
+    for w in weights:
+        if not isinstance(w, Tensor) or isinstance(w, ExpandedWeight) or w.device != device:
+            return False
+        if w.dtype != dtype and not autocast:
+            return False
+    return True
 
 
 def cast(tensors: Any, dtype: torch.dtype) -> Any:

@@ -18,7 +18,11 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -27,13 +31,16 @@ def is_plain(*tensors: Tensor | None) -> bool:
     Such a call can go to the kernel at once, which spares the dispatcher's two calls of Python: at one step a call,
     they would take longer than the kernel.
     """
-    return (
-        all(type(t) in _PLAIN for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -223,13 +223,13 @@ class Recurrent:
 
     def __call__(self, arguments: Arguments, save_cells: bool = False) -> Outputs:
         """The layer, for arguments that have been checked; `cells` among the outputs if they are asked for."""
-        if is_transformed():
-            return Outputs(*self.reference.forward(*arguments.saving(False, save_cells)))
         x, h0, c0, weights, _, _, _, _, reset_h, reset_c = arguments
         if is_plain(x, h0, c0, *weights):
             if needs_graph(x, h0, c0, reset_h, reset_c, *weights):
                 return Outputs(*_Function.apply(self, *arguments[:3], *arguments[4:], *weights))
             return Outputs(*self._forward(*arguments.saving(False, save_cells)))
+        if is_transformed():
+            return Outputs(*self.reference.forward(*arguments.saving(False, save_cells)))
         return Outputs(*self._op(*arguments.saving(False, save_cells)))
 
     def check(self, arguments: Arguments) -> None:
