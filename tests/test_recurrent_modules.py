@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import require
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune as prune_utils
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fastseq
@@ -462,6 +464,112 @@ def test_gradients_per_sample(kind: str) -> None:
     for module in (theirs, ours):
         call_for_per_sample_grads(module, batch_first=True)(x)[0].sum().backward()
     assert_same([p.grad_sample for p in theirs.parameters()], [p.grad_sample for p in ours.parameters()])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "LSTMCell", "GRUCell", "RNNCell"])
+def test_scripting_takes_torchs_module(kind: str) -> None:
+    theirs, ours = pair(7, 11, kind=kind)
+    model = nn.Sequential(nn.Linear(7, 7), ours)
+    x = torch.randn(*((3,) if "Cell" in kind else (6, 3)), 7)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(flat(scripted(x)), flat(theirs(model[0](x))))
+    # torch puts what it scripts in the layer's place: the same parameters, but torch's class until the next accelerate.
+    assert type(model[1]) is getattr(nn, kind)
+    assert type(fastseq.accelerate(model)[1]) is getattr(fastseq.nn, kind)
+    (ours.weight_hh if "Cell" in kind else ours.weight_hh_l0).data.zero_()
+    torch.testing.assert_close(flat(scripted(x)), flat(model(x)))
+
+
+@each_kind
+def test_reparametrized_weights(kind: str) -> None:
+    x = torch.randn(6, 3, 7)
+
+    def weight_norm(m: nn.Module) -> None:
+        torch.nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")
+
+    def old_weight_norm(m: nn.Module) -> None:
+        torch.nn.utils.weight_norm(m, "weight_hh_l0")
+
+    def prune(m: nn.Module) -> None:
+        prune_utils.l1_unstructured(m, "weight_ih_l0", amount=0.5)
+
+    def tie(m: nn.Module) -> None:
+        m.weight_hh_l1 = m.weight_hh_l0
+
+    def freeze(m: nn.Module) -> None:
+        m.requires_grad_(False)
+
+    for change in (weight_norm, old_weight_norm, prune, tie):
+        theirs, ours = pair(7, 11, kind=kind, num_layers=2)
+        for module in (theirs, ours):
+            change(module)
+        assert_same(run(theirs, x, None), run(ours, x, None))
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (theirs, ours)]
+        for module, optimizer in zip((theirs, ours), optimizers, strict=True):
+            module(x)[0].square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(flat(ours(x)), flat(theirs(x)))  # with the weights of after the step
+    theirs, ours = pair(7, 11, kind=kind)
+    freeze(ours)
+    leaf_x = x.clone().requires_grad_()
+    ours(leaf_x)[0].sum().backward()
+    assert leaf_x.grad is not None and all(p.grad is None for p in ours.parameters())
+
+
+@each_kind
+def test_other_ways_to_hold_weights(kind: str) -> None:
+    theirs, ours = pair(7, 11, kind=kind, num_layers=2)
+    x = torch.randn(6, 3, 7)
+    want = flat(theirs(x))
+    ours.flatten_parameters()
+    torch.testing.assert_close(flat(ours(x)), want)
+    replica = ours._replicate_for_data_parallel()  # as DataParallel does it
+    for name, p in ours.named_parameters():
+        setattr(replica, name, p.detach())
+    torch.testing.assert_close(flat(replica(x)), want)
+    empty = getattr(fastseq.nn, kind)(7, 11, num_layers=2, device="meta")
+    assert empty(torch.empty(6, 3, 7, device="meta"))[0].shape == (6, 3, 11)
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(flat(empty(x)), want)
+    torch.testing.assert_close(flat(ours.eval()(x)), want)  # and backward in eval mode
+    ours(x)[0].sum().backward()
+
+
+@each_kind
+def test_dynamic_sizes_compile_once(kind: str) -> None:
+    torch._dynamo.reset()
+    model = fastseq.accelerate(nn.Sequential(getattr(nn, kind)(5, 6, batch_first=True)))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for T, B in ((6, 3), (9, 3), (13, 5), (21, 2)):
+        x = torch.randn(B, T, 5)
+        torch.testing.assert_close(flat(compiled(x)), flat(model(x)))
+    assert counter.frame_count == 1
+
+
+@each_kind
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_dynamic_length(kind: str, strict: bool) -> None:
+    model = fastseq.accelerate(nn.Sequential(getattr(nn, kind)(5, 6, num_layers=2, bidirectional=True)))
+    dynamic = {0: torch.export.Dim("T", min=2, max=500)}
+    exported = torch.export.export(model, (torch.randn(7, 3, 5),), dynamic_shapes=(dynamic,), strict=strict)
+    for T in (2, 7, 30):
+        x = torch.randn(T, 3, 5)
+        torch.testing.assert_close(flat(exported.module()(x)), flat(model(x)))
+
+
+@each_kind
+def test_options_compile(kind: str) -> None:
+    torch._dynamo.reset()
+    layer = fastseq.accelerate(getattr(nn, kind)(5, 6))
+    x, lengths = torch.randn(6, 3, 5, requires_grad=True), torch.tensor([6, 2, 4])
+    reset = torch.zeros(6, 3, dtype=torch.bool)
+    reset[3, 1] = True
+    compiled = torch.compile(lambda x: layer(x, lengths=lengths, reset=reset)[0], backend="aot_eager")
+    want = layer(x, lengths=lengths, reset=reset)[0]
+    torch.testing.assert_close(compiled(x), want)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(want.sum(), x))
 
 
 def test_double_backward() -> None:

@@ -356,6 +356,36 @@ def test_nan_and_inf_stay_where_they_are(served: tuple[Recurrent, Impl]) -> None
         torch.testing.assert_close(got, want.view_as(got), equal_nan=True)
 
 
+@each_kernel
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=name_of)
+def test_weights_in_half_precision(served: tuple[Recurrent, Impl], stored: torch.dtype) -> None:
+    """Read as they are and packed, they are what the same values in float32 are, to the bit."""
+    op, impl = served
+    require(op.table, impl, device_of(impl), torch.float32)
+    H = 500
+    bits = torch.randint(-(2**15), 2**15, (op.gates * H,))
+    # Zeros, denormals, the largest numbers, infinities and NaN of either format, and of either sign.
+    special = torch.tensor([0, 1, 0x3FF, 0x7F, 0x7BFF, 0x7C00, 0x7E00, 0x7F7F, 0x7F80, 0x7FC0])
+    bits[:20] = torch.cat([special, special - 2**15])
+    w_ih = bits.to(torch.int16).view(stored).unsqueeze(-1)
+    for T in (1, 9):
+        arguments = Arguments(torch.ones(T, 1, 1), None, None, [w_ih, torch.zeros(op.gates * H, H, dtype=stored)])
+        op.check(arguments)
+        wide = arguments._replace(weights=[w.float() for w in arguments.weights])
+        got, want = impl.kernel.forward(*arguments.saving(False)), impl.kernel.forward(*wide.saving(False))
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    for case in (Case(1, 1, 9, 21), Case(7, 3, 9, 21, bidirectional=True), Case(30, 5, 17, 33, packed=True)):
+        arguments = case.arguments(op, "cpu", torch.float32)
+        half = arguments._replace(weights=[w.to(stored) for w in arguments.weights])
+        wide = arguments._replace(weights=[w.to(stored).float() for w in arguments.weights])
+        got, want = impl.kernel.forward(*half.saving(False)), impl.kernel.forward(*wide.saving(False))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"weights\[0\] must be torch.float32"):
+            op.check(half._replace(x=half.x.requires_grad_()))
+        with pytest.raises(RuntimeError, match="must be on the CPU and have the right dtype"):
+            impl.kernel.forward(*half.saving(True))
+
+
 @each_op
 @pytest.mark.parametrize(
     "case",

@@ -37,25 +37,25 @@ struct Columns {
 };
 
 // Packs panels [begin, end) of a weight matrix w stored [columns][K] (as torch stores the matrix of x W^T).
-template <typename T>
-void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, const T* w, int64_t ld, int64_t K, T* packed) {
+template <typename T, typename Stored>
+void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, const Stored* w, int64_t ld, int64_t K, T* packed) {
   constexpr int n = kLanes<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int v = 0; v < kPanelVectors; ++v) {
       const int lanes = columns.lanes(panel, v);
-      const T* source = w + (lanes ? columns.first(panel, v) * ld : 0);
+      const Stored* source = w + (lanes ? columns.first(panel, v) * ld : 0);
       T* target = packed + panel * K * kPanel<T> + v * n;
       int64_t k = 0;
       if (lanes == n) {
         for (; k + n <= K; k += n) {
           Vec<T> square[n];
-          for (int i = 0; i < n; ++i) square[i] = load(source + i * ld + k);
+          for (int i = 0; i < n; ++i) square[i] = load_as<T>(source + i * ld + k);
           transpose<T>(square);
           for (int i = 0; i < n; ++i) store(target + (k + i) * kPanel<T>, square[i]);
         }
       }
       for (; k < K; ++k)
-        for (int i = 0; i < n; ++i) target[k * kPanel<T> + i] = i < lanes ? source[i * ld + k] : T(0);
+        for (int i = 0; i < n; ++i) target[k * kPanel<T> + i] = i < lanes ? value_of<T>(source + i * ld + k) : T(0);
     }
   }
 }
@@ -305,20 +305,20 @@ void multiply_row(const T* left, const T* w, int64_t ld, int64_t K, int64_t begi
 }
 
 // kCount dot products of length K at once: rows w, w + gap, w + 2 gap, ... with v; added to `out`.
-template <int kCount, typename T>
-FASTSEQ_INLINE void dot_rows(const T* w, int64_t gap, const T* v, int64_t K, T* out) {
+template <int kCount, typename T, typename Stored>
+FASTSEQ_INLINE void dot_rows(const Stored* w, int64_t gap, const T* v, int64_t K, T* out) {
   constexpr int n = kLanes<T>;
   Vec<T> sums[2][kCount] = {};
   int64_t k = 0;
   for (; k + 2 * n <= K; k += 2 * n)
     for (int s = 0; s < 2; ++s) {
       const Vec<T> values = load(v + k + s * n);
-      for (int i = 0; i < kCount; ++i) sums[s][i] += load(w + i * gap + k + s * n) * values;
+      for (int i = 0; i < kCount; ++i) sums[s][i] += load_as<T>(w + i * gap + k + s * n) * values;
     }
   for (; k < K; k += n) {
     const int lanes = int(std::min<int64_t>(n, K - k));
     const Vec<T> values = load(v + k, lanes);
-    for (int i = 0; i < kCount; ++i) sums[0][i] += load(w + i * gap + k, lanes) * values;
+    for (int i = 0; i < kCount; ++i) sums[0][i] += load_as<T>(w + i * gap + k, lanes) * values;
   }
   for (int i = 0; i < kCount; ++i) out[i] += sum<T>(sums[0][i] + sums[1][i]);
 }

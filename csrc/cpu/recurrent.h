@@ -4,6 +4,9 @@
 
 namespace fastseq {
 
+// How weights are stored beside float32 data: likewise, or in half precision, which only forward reads.
+enum class Stored { kSame, kBfloat16, kFloat16 };
+
 // Of one direction, contiguous: G gates (LSTM 4, GRU 3, RNN 1) in torch's order, H units, P outputs.
 template <typename T>
 struct RecurrentWeights {
@@ -27,6 +30,7 @@ struct RecurrentShape {
   const T *reset_h, *reset_c;  // [D, B, P] and [D, B, H], what it starts from, or null for zeros
   const T *h0, *c0;          // [D, B, P] and [D, B, H], or null for zeros
   RecurrentWeights<const T> weights[2];
+  Stored stored;               // what those pointers really point to
 };
 
 template <typename T>

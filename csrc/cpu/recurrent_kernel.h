@@ -247,9 +247,30 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     if (ragged && !this->packed) clear_padding(side);
   }
 
+  // Calls body with a direction's weights as what they are stored as.
+  template <typename Body>
+  void with_weights(int64_t d, const Body& body) const {
+    const auto& w = this->weights[d];
+    if constexpr (sizeof(T) == 4) {
+      const auto as = [&](auto stored) {
+        using Pointer = const decltype(stored)*;
+        const auto cast = [](const T* p) { return reinterpret_cast<Pointer>(p); };
+        body(RecurrentWeights<const decltype(stored)>{cast(w.w_ih), cast(w.w_hh), cast(w.b_ih), cast(w.b_hh), cast(w.w_hr)});
+      };
+      if (this->stored == Stored::kBfloat16) return as(Bfloat16{});
+      if (this->stored == Stored::kFloat16) return as(Float16{});
+    }
+    body(w);
+  }
+
   // Packs the weights and sets the states to where they start.
   void prepare(int64_t d, const Side& side) const {
-    const auto& w = this->weights[d];
+    with_weights(d, [&](const auto& w) { pack(d, side, w); });
+    start(d, side);
+  }
+
+  template <typename Weights>
+  void pack(int64_t d, const Side& side, const Weights& w) const {
     const auto mine = [&](int64_t count, int more = 0) { return share(count, side.member() + more, side.count); };
     const int64_t block = mine(blocks), block_end = mine(blocks, 1);
     if (!unpacked) {
@@ -264,11 +285,15 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
           const int64_t u = b * kUnits + i;
           const int from_x_gate = (slot + Cell::kFirstGate) % Cell::kGates, from_h_gate = slot - (Cell::kSlots - Cell::kGates);
           T value = 0;
-          if (w.b_ih && u < H && slot < Cell::kGates) value += w.b_ih[from_x_gate * H + u];
-          if (w.b_hh && u < H && from_h_gate >= 0) value += w.b_hh[from_h_gate * H + u];
+          if (w.b_ih && u < H && slot < Cell::kGates) value += value_of<T>(w.b_ih + from_x_gate * H + u);
+          if (w.b_hh && u < H && from_h_gate >= 0) value += value_of<T>(w.b_hh + from_h_gate * H + u);
           bias[(d * blocks + b) * kBlock + slot * kUnits + i] = value;
         }
-    for (int64_t rank = mine(B); rank < mine(B, 1); ++rank) {
+  }
+
+  void start(int64_t d, const Side& side) const {
+    const int64_t end = share(B, side.member() + 1, side.count);
+    for (int64_t rank = share(B, side.member(), side.count); rank < end; ++rank) {
       int64_t t = 0;
       if (d == 1) {
         t = T_ - 1;
@@ -343,7 +368,9 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
       to_and_fro(my.begin(blocks), my.end(blocks), s % 2, [&](int64_t block, int64_t next) {
         T* a = sums_of(d, block, step(d, s)) + row * kBlock;
         if (unpacked)
-          block_from_weights(d, s, block, row, row_end, no_h ? nullptr : h_now, a);
+          with_weights(d, [&](const auto& weights) {
+            block_from_weights(weights, d, s, block, row, row_end, no_h ? nullptr : h_now, a);
+          });
         else if (!no_h)
           multiply_panels<T>(w, block * kBlockPanels, panels_of(block), next * kBlockPanels, {h_now + row * width, width},
                              row_end - row, a + kHiddenSlot, kBlock, true);
@@ -356,12 +383,12 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   }
 
   // a = W_ih x and W_hh h of one block of units, from weights where they are.
-  void block_from_weights(int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* h_now, T* a) const {
-    const auto& w = this->weights[d];
+  template <typename Weights>
+  void block_from_weights(const Weights& w, int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* h_now, T* a) const {
     // One gate's units lie together, several gates' units apart: so many dot products at once either way.
     constexpr int kAtOnce = Cell::kGates == 1 ? 4 : Cell::kGates;
     const int64_t first = block * kUnits, count = std::min<int64_t>(kUnits, H - first), t = step(d, s);
-    const auto dots = [&](int64_t u, const T* matrix, const T* vector, int64_t K, int first_gate, T* slots) {
+    const auto dots = [&](int64_t u, const auto* matrix, const T* vector, int64_t K, int first_gate, T* slots) {
       T out[kAtOnce] = {};
       if constexpr (Cell::kGates > 1) {
         dot_rows<kAtOnce>(matrix + (first + u) * K, H * K, vector, K, out);

@@ -81,6 +81,58 @@ FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
     store_part<T>(p, v, n);
 }
 
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// A vector of what may be stored in half precision.
+template <typename T, typename Stored>
+FASTSEQ_INLINE Vec<T> load_as(const Stored* p) {
+  if constexpr (sizeof(Stored) == sizeof(T)) {
+    return load(p);
+  } else {
+    typedef uint16_t Halves __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
+    typedef uint32_t Words __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+    Halves halves;
+    memcpy(&halves, p, sizeof halves);
+    Words words = __builtin_convertvector(halves, Words);
+    Vec<T> values;
+    if constexpr (std::is_same_v<Stored, Bfloat16>) {
+      words <<= 16;
+      memcpy(&values, &words, sizeof values);
+    } else {
+      // Exponents differ by 112; scaling with floats gets denormals right, and infinities and NaN are set by hand.
+      const Words sign = (words & 0x8000u) << 16, magnitude = (words & 0x7fffu) << 13;
+      memcpy(&values, &magnitude, sizeof values);
+      values *= 0x1p112f;
+      memcpy(&words, &values, sizeof words);
+      const Words special = Words(magnitude >= 0x0f800000u);
+      words = (special & (magnitude | 0x7f800000u)) | (~special & words) | sign;
+      memcpy(&values, &words, sizeof values);
+    }
+    return values;
+  }
+}
+
+template <typename T, typename Stored>
+FASTSEQ_INLINE Vec<T> load_as(const Stored* p, int n) {
+  if (n == kLanes<T>) return load_as<T>(p);
+  Stored lanes[kLanes<T>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_as<T>(lanes);
+}
+
+template <typename T, typename Stored>
+FASTSEQ_INLINE T value_of(const Stored* p) {
+  if constexpr (sizeof(Stored) == sizeof(T))
+    return *p;
+  else
+    return load_as<T>(p, 1)[0];
+}
+
 // Adds halves to halves: a chain of few dependent additions.
 template <typename T, int kCount>
 FASTSEQ_INLINE T sum_of(const T (&lanes)[kCount]) {

@@ -27,12 +27,12 @@ struct RecurrentInputs {
   std::vector<Tensor> weights;
   int64_t T, B, I, H, P, D, N, per_direction;
   bool packed, biased, projected;
-  ScalarType dtype;
+  ScalarType dtype, stored;  // of everything, and of weights in particular
   std::vector<int64_t> before, order, step_of;  // empty where all rows run at all steps
 
   RecurrentInputs(const RecurrentOp& op, Tensor x_, MaybeTensor h0_, MaybeTensor c0_, std::vector<Tensor> weights_,
                   bool bidirectional, const MaybeTensor& batch_sizes, const MaybeTensor& lengths, MaybeTensor reset_,
-                  MaybeTensor reset_h_, MaybeTensor reset_c_)
+                  MaybeTensor reset_h_, MaybeTensor reset_c_, bool may_be_half)
       : op(op), x(std::move(x_)), h0(std::move(h0_)), c0(std::move(c0_)), reset(std::move(reset_)),
         reset_h(std::move(reset_h_)), reset_c(std::move(reset_c_)), weights(std::move(weights_)), packed(batch_sizes) {
     dtype = x.scalar_type();
@@ -51,13 +51,16 @@ struct RecurrentInputs {
     else
       T = x.size(0), B = x.size(1), N = T * B;
     check(T > 0 && I > 0 && H > 0 && P > 0, op.name, "each of T, I and H", "positive");
+    const ScalarType given = weights[0].scalar_type();
+    const bool half = (given == ScalarType::BFloat16 || given == ScalarType::Half) && dtype == ScalarType::Float && may_be_half;
+    stored = half ? given : dtype;
     for (size_t k = 0; k < weights.size(); ++k) {
       const int64_t kind = int64_t(k) % per_direction;
       const int64_t G = op.gates * H;
-      if (kind == 0) check(weights[k], op.name, "w_ih", {G, I}, dtype);
-      else if (kind == 1) check(weights[k], op.name, "w_hh", {G, P}, dtype);
-      else if (projected && kind == per_direction - 1) check(weights[k], op.name, "w_hr", {P, H}, dtype);
-      else check(weights[k], op.name, "a bias", {G}, dtype);
+      if (kind == 0) check(weights[k], op.name, "w_ih", {G, I}, stored);
+      else if (kind == 1) check(weights[k], op.name, "w_hh", {G, P}, stored);
+      else if (projected && kind == per_direction - 1) check(weights[k], op.name, "w_hr", {P, H}, stored);
+      else check(weights[k], op.name, "a bias", {G}, stored);
       weights[k] = laid_out(weights[k]);
     }
     x = packed ? laid_out(x) : laid_out(x, true);
@@ -90,6 +93,7 @@ struct RecurrentInputs {
     shape.reset = data<bool>(reset);
     shape.reset_h = data<Scalar>(reset_h), shape.reset_c = data<Scalar>(reset_c);
     shape.h0 = data<Scalar>(h0), shape.c0 = data<Scalar>(c0);
+    shape.stored = stored == ScalarType::BFloat16 ? Stored::kBfloat16 : stored == ScalarType::Half ? Stored::kFloat16 : Stored::kSame;
     each_weight(weights, [](const Tensor& t) { return static_cast<const Scalar*>(t.const_data_ptr()); }, shape.weights);
   }
 
@@ -286,7 +290,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> r
       MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor reset, MaybeTensor reset_h, MaybeTensor reset_c) {      \
     return recurrent_forward(cell##_op, {cell##_op, std::move(x), std::move(h0), std::move(c0), std::move(weights),     \
                              bidirectional, batch_sizes, lengths, std::move(reset), std::move(reset_h),                 \
-                             std::move(reset_c)}, save_tape, save_cells);                                               \
+                             std::move(reset_c), !save_tape}, save_tape, save_cells);                                   \
   }                                                                                                                     \
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> cell##_backward(                       \
       MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, MaybeTensor dcells, Tensor x, MaybeTensor h0, MaybeTensor c0, \
@@ -294,7 +298,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> r
       MaybeTensor reset_h, MaybeTensor reset_c, Tensor y, Tensor gates_, Tensor cells, std::vector<bool> needs) {       \
     return recurrent_backward(cell##_op, {cell##_op, std::move(x), std::move(h0), std::move(c0), std::move(weights),    \
                               bidirectional, batch_sizes, lengths, std::move(reset), std::move(reset_h),                \
-                              std::move(reset_c)}, dy, dh_n, dc_n, dcells, y, gates_, cells, needs);                    \
+                              std::move(reset_c), false}, dy, dh_n, dc_n, dcells, y, gates_, cells, needs);             \
   }                                                                                                                     \
   }                                                                                                                     \
   STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_native, m) {                                                                    \

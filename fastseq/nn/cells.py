@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.serving import are_sound, autocast_dtype, cast, computes_in, torch_forward, why_torch
+from fastseq.nn.serving import are_sound, as_torchs, autocast_dtype, cast, computes_in, torch_forward, why_torch
+from fastseq.ops.contract import needs_graph
 from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import Arguments, Recurrent
@@ -50,7 +51,9 @@ class _Cell(torch.nn.RNNCellBase):
         wanted = given if low is None else low if self._autocast_lowers else torch.float32
         compute = torch.float32 if low is not None else computes_in(given)
         if compute != given or low is not None:
-            x, states, weights = (cast(t, compute) for t in (x, states, weights))
+            x, states = cast(x, compute), cast(states, compute)
+            if needs_graph(x, *states, *weights):  # without one, the op reads them as they are
+                weights = cast(weights, compute)
         rows = 1 if x.dim() == 2 else 2  # T, or T and B
         h, c = states
         for _ in range(rows):
@@ -61,6 +64,10 @@ class _Cell(torch.nn.RNNCellBase):
         if compute != wanted:
             finals = cast(finals, wanted)
         return finals if op.has_cell else finals[0]
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script compiles in place of this module: torch's own, with the same parameters."""
+        return as_torchs(self)
 
     def _is_sound(self, x: Tensor, states: Any, weights: list[Any], autocast: bool) -> bool:
         """Whether the arguments are as torch's checks and the op want them."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.nn.serving import are_sound, autocast_dtype, cast, computes_in, torch_forward, why_torch
+from fastseq.nn.serving import are_sound, as_torchs, autocast_dtype, cast, computes_in, torch_forward, why_torch
+from fastseq.ops.contract import needs_graph
 from fastseq.ops.gru import GRU as GRU_OP
 from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.recurrent import Arguments, Recurrent
@@ -76,7 +77,9 @@ class _Layers(torch.nn.RNNBase):
         wanted = given if low is None else low if self._autocast_lowers else torch.float32
         compute = torch.float32 if low is not None else computes_in(given)
         if compute != given or low is not None:
-            x, states, weights, reset_states = (cast(t, compute) for t in (x, states, weights, reset_states))
+            x, states, reset_states = (cast(t, compute) for t in (x, states, reset_states))
+            if needs_graph(x, *states, *reset_states, *weights):  # without one, the op reads them as they are
+                weights = cast(weights, compute)
         y, finals, cells = self._layers(x, states, weights, sizes, lengths, reset, reset_states, return_cell_sequence)
         if compute != wanted:
             y, finals, cells = cast(y, wanted), cast(finals, wanted), cast(cells, wanted)
@@ -90,6 +93,10 @@ class _Layers(torch.nn.RNNBase):
         elif self.batch_first:
             sequences = [t.transpose(0, 1) for t in sequences]
         return sequences[0], tuple(finals) if op.has_cell else finals[0], *sequences[1:]
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script compiles in place of this module: torch's own, with the same parameters."""
+        return as_torchs(self)
 
     def _layers(
         self,

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
 from fastseq.dynamo import assume_constant_result
@@ -62,9 +63,9 @@ def are_sound(weights: list[Any], dtype: torch.dtype, device: torch.device, auto
     `ExpandedWeight`, which torch.nn.utils computes gradients per sample with, is no instance of Tensor to an op.
     """
     for w in weights:
-        if not isinstance(w, Tensor) or isinstance(w, ExpandedWeight) or w.device != device:
+        if type(w) is not Parameter and (not isinstance(w, Tensor) or isinstance(w, ExpandedWeight)):
             return False
-        if w.dtype != dtype and not autocast:
+        if (w.dtype != dtype and not autocast) or w.device != device:
             return False
     return True
 
@@ -74,3 +75,11 @@ def cast(tensors: Any, dtype: torch.dtype) -> Any:
     if isinstance(tensors, (list, tuple)):
         return type(tensors)([cast(t, dtype) for t in tensors])
     return None if tensors is None else tensors.to(dtype)
+
+
+def as_torchs(module: torch.nn.Module) -> torch.nn.Module:
+    """A module of torch's class that shares everything with this one of ours."""
+    theirs = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules."))
+    twin: torch.nn.Module = object.__new__(theirs)
+    twin.__dict__ = module.__dict__
+    return twin

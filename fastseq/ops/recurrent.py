@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.contract import LIBRARY, below_autograd, grads_or_none, is_plain, is_transformed, needs_graph
-from fastseq.registry import FLOATS, Impl, Kernel, Op, register
+from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
 
 
 class Arguments(NamedTuple):
@@ -26,6 +26,7 @@ class Arguments(NamedTuple):
         weights: for each direction w_ih [G*H, I], w_hh [G*H, P], if there are biases b_ih [G*H] and b_hh [G*H], and
             w_hr [P, H]
             if there is a projection (LSTM only). Gates are in torch's order: LSTM (G=4) i, f, g, o; GRU (G=3) r, z, n.
+            They have x's dtype; where no graph is recorded they may all be bfloat16 or float16 beside a float32 x.
         bidirectional: whether there are two directions, D.
         batch_sizes: [T] int64 on the CPU, as in `torch.nn.utils.rnn.PackedSequence`: how many rows run at each step.
         lengths: [B] int64 on the CPU, how many steps each row has; what is past them is not read.
@@ -251,8 +252,11 @@ class Recurrent:
         G = self.gates * H
         expected: list[tuple[int, ...]] = [(G, I), (G, P), (G,), (G,)][: count - projected]
         expected += [(P, H)] * projected
+        stored = weights[0].dtype
+        if stored not in HALF or x.dtype != torch.float32 or needs_graph(x, h0, c0, reset_h, reset_c, *weights):
+            stored = x.dtype
         for k, weight in enumerate(weights):
-            self._check_tensor(f"weights[{k}]", weight, expected[k % count], x)
+            self._check_tensor(f"weights[{k}]", weight, expected[k % count], x, stored)
         if batch_sizes is not None:
             if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
                 self._fail("batch_sizes must be int64 [T] on the CPU")
@@ -277,17 +281,28 @@ class Recurrent:
             got = f"{reset.dtype} {list(reset.shape)} on {reset.device}"
             self._fail(f"reset must be torch.bool {[T, B]} on {x.device} like x, got {got}")
 
-    def _check_tensor(self, name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    def _check_tensor(
+        self, name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None = None
+    ) -> None:
+        dtype = dtype or x.dtype
         if t.shape != shape:
             self._fail(f"{name} must be {list(shape)}, got {list(t.shape)}")
-        if t.dtype != x.dtype or t.device != x.device:
-            self._fail(f"{name} must be {x.dtype} on {x.device} like x, got {t.dtype} on {t.device}")
+        if t.dtype != dtype or t.device != x.device:
+            self._fail(f"{name} must be {dtype} on {x.device} like x, got {t.dtype} on {t.device}")
 
     def _fail(self, message: str) -> None:
         raise ValueError(f"{self.name}: {message}")
 
     def _self_check(self, kernel: Kernel, device: str, dtype: torch.dtype) -> None:
         """Outputs, tape and gradients of the small cases against the reference in float64."""
+        if dtype == torch.float32:
+            for stored in (torch.bfloat16, torch.float16):
+                for case in SELF_CHECK_CASES[:4:3]:  # with weights as they are, and packed
+                    arguments = case.arguments(self, device, dtype)
+                    arguments = arguments._replace(weights=[w.to(stored) for w in arguments.weights])
+                    outputs, expected = (k.forward(*arguments.saving(False)) for k in (kernel, self.reference))
+                    for got, want in zip(outputs, expected, strict=True):
+                        torch.testing.assert_close(got, want)
         for case in SELF_CHECK_CASES:
             arguments = case.arguments(self, device, dtype)
             wide = widened(arguments)
@@ -322,9 +337,10 @@ class Recurrent:
 
     def _forward_fake(self, x, h0, c0, weights, bidirectional, save_tape, save_cells, batch_sizes, *_):  # type: ignore[no-untyped-def]
         D, P, H = 2 if bidirectional else 1, weights[1].shape[1], weights[0].shape[0] // self.gates
-        N = x.shape[:-1].numel()
+        N = x.shape[0]
         if batch_sizes is None:
             B = x.shape[1]
+            N = N * B  # not Size.numel(), which would fix the sizes of a graph
         else:
             B = h0.shape[1] if h0 is not None else torch.library.get_ctx().new_dynamic_size()
         nothing = (0,)

@@ -120,6 +120,7 @@ def forward(
         y, h_n, c_n, gates and cells; what there is not is empty, as is the tape unless `save_tape`, except for cells if
         `save_cells`.
     """
+    weights = [w.to(x.dtype) for w in weights]
     layer = _padded(x, batch_sizes, lengths)
     T, B = layer.shape
     D = 2 if bidirectional else 1
