@@ -23,7 +23,8 @@ class Memory {
   void* at_least(int64_t bytes) {
     if (bytes <= size_) return data_;
     std::free(data_);
-    // Large pages, where the system grants them on request: packed weights outgrow the TLB before they outgrow the cache.
+    // Large pages, where the system grants them on request: packed weights outgrow the TLB before they outgrow the
+    // cache.
     constexpr int64_t kPage = int64_t(2) << 20;
     const int64_t alignment = bytes >= kPage ? kPage : 64;
     size_ = (bytes + alignment - 1) / alignment * alignment;

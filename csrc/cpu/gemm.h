@@ -1,9 +1,9 @@
 // Matrix products on packed weights: what the recurrent kernels spend their time in.
 //
 // The right-hand matrix is packed into panels of two vectors of columns, [K][2][lanes] each, so that the inner loop
-// reads it in one stream. The left-hand matrix stays as it is, [rows][K]. A tile keeps the sums of up to six rows and of
-// one panel, or of fewer rows and more panels, in registers. The sums of one or a few panels over some rows go
-// to a buffer in the cache, [rows][panels]; what becomes of them (gates, a stored product) is the caller's epilogue.
+// reads it in one stream. The left-hand matrix stays as it is, [rows][K]. A tile keeps the sums of up to six rows and
+// of one panel, or of fewer rows and more panels, in registers. The sums of one or a few panels over some rows go to a
+// buffer in the cache, [rows][panels]; what becomes of them (gates, a stored product) is the caller's epilogue.
 #pragma once
 #include <algorithm>
 
@@ -16,11 +16,13 @@ template <typename T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
 // 6 x 2 sums, 2 vectors of the panel and a broadcast fill the 16 registers of AVX2.
 constexpr int kTileRows = 6;
-// Fewer rows take several panels at once: an FMA's latency wants eight sums in flight, and there are registers for twelve.
+// Fewer rows take several panels at once: an FMA's latency wants eight sums in flight, and there are registers for
+// twelve.
 constexpr int kWideRows = 3;
 
-// How the columns of a matrix are laid out in panels: its columns are `gates` gates of `count` units, and as many panels in a
-// row hold a panel's worth of units of each gate, from gate `first_gate` on, so that whoever owns units owns panels.
+// How the columns of a matrix are laid out in panels: its columns are `gates` gates of `count` units, and as many
+// panels in a row hold a panel's worth of units of each gate, from gate `first_gate` on, so that whoever owns units
+// owns panels.
 template <typename T>
 struct Columns {
   int64_t count;
@@ -38,7 +40,8 @@ struct Columns {
 
 // Packs panels [begin, end) of a weight matrix w stored [columns][K] (as torch stores the matrix of x W^T).
 template <typename T, typename Stored>
-void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, const Stored* w, int64_t ld, int64_t K, T* packed) {
+void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, const Stored* w, int64_t ld, int64_t K,
+                     T* packed) {
   constexpr int n = kLanes<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int v = 0; v < kPanelVectors; ++v) {
@@ -60,15 +63,15 @@ void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, cons
   }
 }
 
-// A reference to a function that gives the rows of a matrix: a pointer to row k. It keeps what takes one from being compiled
-// for each caller.
+// A reference to a function that gives the rows of a matrix: a pointer to row k. It keeps what takes one from being
+// compiled for each caller.
 template <typename T>
 class Rows {
  public:
   template <typename Function>
-  Rows(const Function& function) : function_(&function), call_([](const void* f, int64_t k) -> const T* {
-    return (*static_cast<const Function*>(f))(k);
-  }) {}
+  Rows(const Function& function)
+      : function_(&function),
+        call_([](const void* f, int64_t k) -> const T* { return (*static_cast<const Function*>(f))(k); }) {}
   const T* operator()(int64_t k) const { return call_(function_, k); }
 
  private:
@@ -105,11 +108,11 @@ struct Left {
   int64_t stride;
 };
 
-// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `panel_stride` behind the one before. Fetches what is at
-// `ahead` into the L2 cache on the way.
+// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `panel_stride` behind the one before. Fetches what
+// is at `ahead` into the L2 cache on the way.
 template <typename T, int kRows, int kPanels, bool kPackedLeft>
-FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width, bool add,
-                         const T* ahead) {
+FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width,
+                         bool add, const T* ahead) {
   constexpr int kVectors = kPanels * kPanelVectors;
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 64
@@ -133,14 +136,21 @@ FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_
 
 // Up to kTileRows rows of one panel.
 template <typename T, bool kPackedLeft = false>
-void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width, bool add, const T* ahead) {
+void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width, bool add,
+               const T* ahead) {
   switch (rows) {
-    case 1: return tile<T, 1, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 2: return tile<T, 2, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 3: return tile<T, 3, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 4: return tile<T, 4, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 5: return tile<T, 5, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 6: return tile<T, 6, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 1:
+      return tile<T, 1, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 2:
+      return tile<T, 2, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 3:
+      return tile<T, 3, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 4:
+      return tile<T, 4, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 5:
+      return tile<T, 5, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+    case 6:
+      return tile<T, 6, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
   }
 }
 
@@ -149,13 +159,14 @@ template <typename T, int kRows, int kMost>
 int64_t wide_tile(int64_t count, int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width,
                   bool add) {
   if constexpr (kMost > 1)
-    if (count < kMost || (kMost == 3 && count == 4)) return wide_tile<T, kRows, kMost - 1>(count, K, left, panel, panel_stride, sums, width, add);
+    if (count < kMost || (kMost == 3 && count == 4))
+      return wide_tile<T, kRows, kMost - 1>(count, K, left, panel, panel_stride, sums, width, add);
   tile<T, kRows, kMost, false>(K, left, panel, panel_stride, sums, width, add, panel);
   return kMost;
 }
 
-// How many rows of the left-hand matrix are worked on at once, so that they stay in the L2 cache (192 KB of it) while the
-// panels pass.
+// How many rows of the left-hand matrix are worked on at once, so that they stay in the L2 cache (192 KB of it) while
+// the panels pass.
 constexpr int64_t kMostBlockRows = 16 * kTileRows;
 template <typename T>
 int64_t block_rows(int64_t K) {
@@ -163,19 +174,19 @@ int64_t block_rows(int64_t K) {
 }
 
 // sums[rows][width] (+)= left[rows][K] times `count` panels from `panel` on, in tiles of as equal a height as possible.
-// Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the rows pass,
-// and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first give the
-// hardware nothing to predict from.
+// Where there are many rows, long sums are cut so that a slice of a panel stays in half of the L1 cache while the rows
+// pass, and the next slice, in the end that of panel `next`, is fetched ahead: the L1 hits of all tiles but the first
+// give the hardware nothing to predict from.
 template <typename T>
-void multiply_panels(const Packed<T>& w, int64_t panel, int64_t count, int64_t next, Left<T> left,
-                                    int64_t rows, T* sums, int64_t width, bool add) {
+void multiply_panels(const Packed<T>& w, int64_t panel, int64_t count, int64_t next, Left<T> left, int64_t rows,
+                     T* sums, int64_t width, bool add) {
   constexpr int64_t kDepth = 16 * 1024 / (kPanel<T> * sizeof(T));
   const int64_t stride = w.K * kPanel<T>;
   if (rows <= kWideRows) {
     for (int64_t q = 0; q < count;) {
       const T* first = w.panel(panel + q);
       T* out = sums + q * kPanel<T>;
-      q += rows == 1 ? wide_tile<T, 1, 4>(count - q, w.K, left, first, stride, out, width, add)
+      q += rows == 1   ? wide_tile<T, 1, 4>(count - q, w.K, left, first, stride, out, width, add)
            : rows == 2 ? wide_tile<T, 2, 3>(count - q, w.K, left, first, stride, out, width, add)
                        : wide_tile<T, 3, 2>(count - q, w.K, left, first, stride, out, width, add);
     }
@@ -207,8 +218,8 @@ void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int6
     for (int64_t panel = first; panel < last; panel += kPanelsAtOnce) {
       const int64_t count = std::min(kPanelsAtOnce, last - panel);
       const int64_t next = panel + count < last ? panel + count : first;
-      multiply_panels<T>(w, panel, count, next, {left.data + row * left.stride, left.stride}, height, sums, count * kPanel<T>,
-                         false);
+      multiply_panels<T>(w, panel, count, next, {left.data + row * left.stride, left.stride}, height, sums,
+                         count * kPanel<T>, false);
       for (int64_t q = panel; q < panel + count; ++q)
         for (int v = 0; v < kPanelVectors; ++v) {
           const int lanes = columns.lanes(q, v);
@@ -220,8 +231,8 @@ void multiply(const Packed<T>& w, const Columns<T>& columns, int64_t first, int6
   }
 }
 
-// result[m][n] (+)= sum over k < K of left(k)[m] * right(k)[n], for m in [begin, end) and n < columns: the gradient of a
-// weight. `left` and `right` give rows; `scratch` holds scratch_for_outer(columns) elements.
+// result[m][n] (+)= sum over k < K of left(k)[m] * right(k)[n], for m in [begin, end) and n < columns: the gradient of
+// a weight. `left` and `right` give rows; `scratch` holds scratch_for_outer(columns) elements.
 constexpr int64_t kOuterDepth = 384, kOuterRows = 16 * kTileRows;
 // So few products are added one by one, without packing.
 constexpr int64_t kFewOuterProducts = 4;
@@ -232,8 +243,8 @@ int64_t scratch_for_outer(int64_t columns) {
 }
 
 template <typename T>
-void multiply_outer(Rows<T> left, Rows<T> right, int64_t K, int64_t begin, int64_t end, int64_t columns,
-                    T* result, bool add, T* scratch) {
+void multiply_outer(Rows<T> left, Rows<T> right, int64_t K, int64_t begin, int64_t end, int64_t columns, T* result,
+                    bool add, T* scratch) {
   const Columns<T> plain{columns};
   T* packed_left = scratch;
   T* packed_right = scratch + kOuterDepth * kOuterRows;
@@ -265,13 +276,14 @@ void multiply_outer(Rows<T> left, Rows<T> right, int64_t K, int64_t begin, int64
         const T* row = left(k0 + k) + m0;
         T* target = packed_left + k * kTileRows;
         int64_t m = 0;
-        for (; m + kTileRows <= rows; m += kTileRows, target += depth * kTileRows) memcpy(target, row + m, kTileRows * sizeof(T));
+        for (; m + kTileRows <= rows; m += kTileRows, target += depth * kTileRows)
+          memcpy(target, row + m, kTileRows * sizeof(T));
         for (int64_t i = 0; m + i < rows; ++i) target[i] = row[m + i];
       }
       for (int64_t panel = 0; panel < plain.panels(); ++panel) {
         for (int64_t m = 0; m < rows; m += kTileRows)
-          tile_rows<T, true>(std::min<int64_t>(kTileRows, rows - m), depth, {packed_left + m * depth, 0}, w.panel(panel),
-                             sums + m * kPanel<T>, kPanel<T>, false, w.panel(panel));
+          tile_rows<T, true>(std::min<int64_t>(kTileRows, rows - m), depth, {packed_left + m * depth, 0},
+                             w.panel(panel), sums + m * kPanel<T>, kPanel<T>, false, w.panel(panel));
         for (int v = 0; v < kPanelVectors; ++v) {
           const int lanes = plain.lanes(panel, v);
           if (lanes == 0) continue;

@@ -2,8 +2,8 @@
 //
 // Every member of the team owns a rectangle of the batch and of the hidden units, for the whole sequence: rows of the
 // batch where there are enough of them (then nobody waits for anybody), else blocks of units (one barrier a step, since
-// every unit needs all of h_{t-1}). Two directions are two independent chains, each with half of the team. Where rows end
-// at different steps, the rectangles are cut anew at every step from the rows that still run.
+// every unit needs all of h_{t-1}). Two directions are two independent chains, each with half of the team. Where rows
+// end at different steps, the rectangles are cut anew at every step from the rows that still run.
 //
 // A cell is a struct like Lstm in lstm_kernel.h:
 //   kGates       gates in W_ih and W_hh
@@ -27,8 +27,8 @@ constexpr int64_t kWorkPerThread = 192 * 1024, kWorkPerBarrier = 4 * 1024;
 constexpr int64_t kRowsPerThread = 8;
 // With fewer rows than this in all, packing a weight matrix costs more than it saves.
 constexpr int64_t kUnpackedRows = 8;
-// The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they are
-// used (256 KB), but for at least so many rows that the weights' way from memory does not count.
+// The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they
+// are used (256 KB), but for at least so many rows that the weights' way from memory does not count.
 constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 96;
 
 // Member `member` of `members` gets [share(..), share(.. + 1)) of `count` things.
@@ -72,11 +72,14 @@ void in_team(const Threads& threads, int size, const Body& body) {
     Team team;
     const Body& body;
   } context{{}, body};
-  threads.run(size, [](void* opaque, int calls) {
-    auto& context = *static_cast<Context*>(opaque);
-    const int rank = context.team.join(calls);
-    if (rank >= 0) context.body(rank, context.team);
-  }, &context);
+  threads.run(
+      size,
+      [](void* opaque, int calls) {
+        auto& context = *static_cast<Context*>(opaque);
+        const int rank = context.team.join(calls);
+        if (rank >= 0) context.body(rank, context.team);
+      },
+      &context);
 }
 
 // Blocks of units in an order that turns round at every step: what was read last is still in the cache.
@@ -95,7 +98,8 @@ int64_t padded_to_panels(int64_t count) {
   return Columns<T>{count}.panels() * kPanel<T>;
 }
 
-// Steps and rows of a call. A "rank" is a row's place in the order by falling length, which is where all scratch has it.
+// Steps and rows of a call. A "rank" is a row's place in the order by falling length, which is where all scratch has
+// it.
 template <typename Cell, typename T, typename Call>
 struct Steps : Call {
   using Call::B, Call::D, Call::H, Call::I, Call::P, Call::T_;
@@ -120,7 +124,8 @@ struct Steps : Call {
   bool is_last(int64_t d, int64_t t, int64_t rank) const { return d == 0 ? is_end(t, rank) : t == 0; }
   bool is_end(int64_t t, int64_t rank) const { return t + 1 == T_ || rank >= active(t + 1); }
 
-  // Whether the state that goes into step t starts anew. Backwards in time a sequence starts at what is its end forwards.
+  // Whether the state that goes into step t starts anew. Backwards in time a sequence starts at what is its end
+  // forwards.
   bool starts_anew(int64_t d, int64_t t, int64_t rank) const {
     if (!this->reset) return false;
     if (d == 0) return this->reset[t * B + row_of(rank)];
@@ -169,12 +174,12 @@ struct Back {
 template <typename Cell, typename T>
 struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   using Base = Steps<Cell, T, RecurrentForward<T>>;
-  using Base::active, Base::B, Base::before_step, Base::D, Base::H, Base::I, Base::P, Base::place, Base::ragged, Base::step,
-      Base::T_;
+  using Base::active, Base::B, Base::before_step, Base::D, Base::H, Base::I, Base::P, Base::place, Base::ragged,
+      Base::step, Base::T_;
 
   static constexpr int kBlockPanels = Cell::kGates * Cell::kUnitPanels;
-  static constexpr int64_t kUnits = Cell::kUnitPanels * kPanel<T>;  // units of a block
-  static constexpr int64_t kBlock = Cell::kSlots * kUnits;          // its pre-activations
+  static constexpr int64_t kUnits = Cell::kUnitPanels * kPanel<T>;                // units of a block
+  static constexpr int64_t kBlock = Cell::kSlots * kUnits;                        // its pre-activations
   static constexpr int64_t kHiddenSlot = (Cell::kSlots - Cell::kGates) * kUnits;  // the first that W_hh adds to
 
   Columns<T> from_x{H, Cell::kGates, Cell::kFirstGate}, from_h{H, Cell::kGates, 0}, outputs{P};
@@ -193,7 +198,9 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     chunk = std::max<int64_t>(1, std::min(T_, std::max(kChunkRows, kChunkElements / (Cell::kGates * H)) / B));
   }
 
-  bool evenly_spaced() const { return this->packed || (!this->order && !ragged && (B == 1 || this->x_t == B * this->x_b)); }
+  bool evenly_spaced() const {
+    return this->packed || (!this->order && !ragged && (B == 1 || this->x_t == B * this->x_b));
+  }
   int64_t x_elements() const { return unpacked ? 0 : from_x.panels() * kPanel<T> * I; }
   int64_t h_elements() const { return unpacked ? 0 : from_h.panels() * kPanel<T> * P; }
   int64_t hr_elements() const { return P == H ? 0 : outputs.panels() * kPanel<T> * H; }
@@ -255,7 +262,8 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
       const auto as = [&](auto stored) {
         using Pointer = const decltype(stored)*;
         const auto cast = [](const T* p) { return reinterpret_cast<Pointer>(p); };
-        body(RecurrentWeights<const decltype(stored)>{cast(w.w_ih), cast(w.w_hh), cast(w.b_ih), cast(w.b_hh), cast(w.w_hr)});
+        body(RecurrentWeights<const decltype(stored)>{cast(w.w_ih), cast(w.w_hh), cast(w.b_ih), cast(w.b_hh),
+                                                      cast(w.w_hr)});
       };
       if (this->stored == Stored::kBfloat16) return as(Bfloat16{});
       if (this->stored == Stored::kFloat16) return as(Float16{});
@@ -278,12 +286,15 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
       pack_transposed(from_x, begin, end, w.w_ih, I, I, w_ih + d * x_elements());
       pack_transposed(from_h, begin, end, w.w_hh, P, P, w_hh + d * h_elements());
     }
-    if (P != H) pack_transposed(outputs, mine(outputs.panels()), mine(outputs.panels(), 1), w.w_hr, H, H, w_hr + d * hr_elements());
+    if (P != H)
+      pack_transposed(outputs, mine(outputs.panels()), mine(outputs.panels(), 1), w.w_hr, H, H,
+                      w_hr + d * hr_elements());
     for (int64_t b = block; b < block_end; ++b)
       for (int slot = 0; slot < Cell::kSlots; ++slot)
         for (int64_t i = 0; i < kUnits; ++i) {
           const int64_t u = b * kUnits + i;
-          const int from_x_gate = (slot + Cell::kFirstGate) % Cell::kGates, from_h_gate = slot - (Cell::kSlots - Cell::kGates);
+          const int from_x_gate = (slot + Cell::kFirstGate) % Cell::kGates,
+                    from_h_gate = slot - (Cell::kSlots - Cell::kGates);
           T value = 0;
           if (w.b_ih && u < H && slot < Cell::kGates) value += value_of<T>(w.b_ih + from_x_gate * H + u);
           if (w.b_hh && u < H && from_h_gate >= 0) value += value_of<T>(w.b_hh + from_h_gate * H + u);
@@ -320,15 +331,19 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     const Packed<T> w{w_ih + d * x_elements(), I};
     const int64_t earliest = d == 0 ? from : T_ - to, latest = earliest + to - from;
     const int64_t first_row = before_step(earliest), all = before_step(latest) - first_row;
-    if (ragged) return project_rows(d, earliest, share(all, side.member(), side.count), share(all, side.member() + 1, side.count), 0, blocks, side);
+    if (ragged)
+      return project_rows(d, earliest, share(all, side.member(), side.count), share(all, side.member() + 1, side.count),
+                          0, blocks, side);
     const Share my(side, B);
     if (my.splits_units() || my.row_end - my.row == B)
       return project_rows(d, earliest, 0, all, my.begin(blocks), my.end(blocks), side);
-    for (int64_t t = 0; t < latest - earliest; ++t) project_rows(d, earliest, t * B + my.row, t * B + my.row_end, 0, blocks, side);
+    for (int64_t t = 0; t < latest - earliest; ++t)
+      project_rows(d, earliest, t * B + my.row, t * B + my.row_end, 0, blocks, side);
   }
 
   // The same for rows [row, row_end), counted from the first one of step `earliest`.
-  void project_rows(int64_t d, int64_t earliest, int64_t row, int64_t row_end, int64_t block, int64_t block_end, const Side& side) const {
+  void project_rows(int64_t d, int64_t earliest, int64_t row, int64_t row_end, int64_t block, int64_t block_end,
+                    const Side& side) const {
     const Packed<T> w{w_ih + d * x_elements(), I};
     const int64_t most = block_rows<T>(I), first_row = before_step(earliest);
     for (; row < row_end; row += most) {
@@ -355,7 +370,9 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     }
   }
 
-  int64_t panels_of(int64_t block) const { return std::min<int64_t>(kBlockPanels, from_h.panels() - block * kBlockPanels); }
+  int64_t panels_of(int64_t block) const {
+    return std::min<int64_t>(kBlockPanels, from_h.panels() - block * kBlockPanels);
+  }
 
   // One step of one direction, for my rows and units.
   void advance(int64_t d, int64_t s, const Share& my) const {
@@ -372,8 +389,8 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
             block_from_weights(weights, d, s, block, row, row_end, no_h ? nullptr : h_now, a);
           });
         else if (!no_h)
-          multiply_panels<T>(w, block * kBlockPanels, panels_of(block), next * kBlockPanels, {h_now + row * width, width},
-                             row_end - row, a + kHiddenSlot, kBlock, true);
+          multiply_panels<T>(w, block * kBlockPanels, panels_of(block), next * kBlockPanels,
+                             {h_now + row * width, width}, row_end - row, a + kHiddenSlot, kBlock, true);
         if ((block + 1) * kUnits <= H)
           activate<true>(d, s, block, row, row_end, a);
         else
@@ -384,7 +401,8 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
 
   // a = W_ih x and W_hh h of one block of units, from weights where they are.
   template <typename Weights>
-  void block_from_weights(const Weights& w, int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end, const T* h_now, T* a) const {
+  void block_from_weights(const Weights& w, int64_t d, int64_t s, int64_t block, int64_t row, int64_t row_end,
+                          const T* h_now, T* a) const {
     // One gate's units lie together, several gates' units apart: so many dot products at once either way.
     constexpr int kAtOnce = Cell::kGates == 1 ? 4 : Cell::kGates;
     const int64_t first = block * kUnits, count = std::min<int64_t>(kUnits, H - first), t = step(d, s);
@@ -451,9 +469,9 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
 
   // Where h_t of a row goes to.
   struct Output {
-    const T* now;            // h_{t-1}
-    T *y, *h_n, *next;       // h_n may be null
-    const T* start;          // what the next step starts from, null for zeros, if `anew`
+    const T* now;       // h_{t-1}
+    T *y, *h_n, *next;  // h_n may be null
+    const T* start;     // what the next step starts from, null for zeros, if `anew`
     bool anew, last;
 
     FASTSEQ_INLINE void put(int64_t u, Vec<T> h_t, int lanes) const {
@@ -480,9 +498,8 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   void shrink(int64_t d, int64_t s, const Share& my) const {
     const T* left = unprojected + (d * B + my.row) * cell_width;
     multiply<T>({w_hr + d * hr_elements(), H}, outputs, my.begin(outputs.panels()), my.end(outputs.panels()),
-                {left, cell_width}, my.row_end - my.row, [&](int64_t i, int64_t p, int lanes, Vec<T> h_t) {
-                  output(d, s, my.row + i).put(p, h_t, lanes);
-                });
+                {left, cell_width}, my.row_end - my.row,
+                [&](int64_t i, int64_t p, int lanes, Vec<T> h_t) { output(d, s, my.row + i).put(p, h_t, lanes); });
   }
 
   // Outputs past a row's end are zeros.
@@ -514,8 +531,8 @@ void forward(const RecurrentForward<T>& call, Threads threads) {
 template <typename Cell, typename T>
 struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
   using Base = Steps<Cell, T, RecurrentBackward<T>>;
-  using Base::active, Base::B, Base::before_step, Base::D, Base::H, Base::I, Base::P, Base::place, Base::ragged, Base::step,
-      Base::T_;
+  using Base::active, Base::B, Base::before_step, Base::D, Base::H, Base::I, Base::P, Base::place, Base::ragged,
+      Base::step, Base::T_;
 
   struct Chunk {  // steps [begin, end) in the order of each direction
     int64_t begin, end;
@@ -527,15 +544,15 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
   Columns<T> hidden{P}, units{H}, input{I};
   int64_t width = padded_to_panels<T>(P), cell_width = padded_to_panels<T>(H);
   bool unpacked, state_wanted;  // weights are read where they are; somebody asks for dh0
-  int64_t chunk;        // the most steps of a chunk
-  T *w_hh, *w_ih, *w_hr;  // packed for products from the left, per direction
-  T* da;                // [D, rows of a chunk, da_width] gradients of the pre-activations, in the order of time
-  T *dh, *dc;           // [D, B, width] and [D, B, cell_width]: what reaches h and c from later steps
-  T *dp, *unprojected;  // [D, rows of a chunk, P] and [.., H]: gradients of h, and h before w_hr
-  T* draw;              // [D, B, cell_width] gradients of h before w_hr
-  T* zeros;             // a row of them
-  T* outer;             // per member: scratch of multiply_outer
-  T* db;                // [D, da_width]: sums of da
+  int64_t chunk;                // the most steps of a chunk
+  T *w_hh, *w_ih, *w_hr;        // packed for products from the left, per direction
+  T* da;                        // [D, rows of a chunk, da_width] gradients of the pre-activations, in the order of time
+  T *dh, *dc;                   // [D, B, width] and [D, B, cell_width]: what reaches h and c from later steps
+  T *dp, *unprojected;          // [D, rows of a chunk, P] and [.., H]: gradients of h, and h before w_hr
+  T* draw;                      // [D, B, cell_width] gradients of h before w_hr
+  T* zeros;                     // a row of them
+  T* outer;                     // per member: scratch of multiply_outer
+  T* db;                        // [D, da_width]: sums of da
 
   explicit BackwardPass(const RecurrentBackward<T>& call) : Base(call) {
     unpacked = this->most_rows() < kUnpackedRows && P == H;
@@ -543,7 +560,9 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
     chunk = std::max<int64_t>(1, std::min(T_, kOuterDepth / std::max<int64_t>(B, 1)));
   }
 
-  int64_t packed_elements(const Columns<T>& columns, int64_t K) const { return unpacked ? 0 : columns.panels() * K * kPanel<T>; }
+  int64_t packed_elements(const Columns<T>& columns, int64_t K) const {
+    return unpacked ? 0 : columns.panels() * K * kPanel<T>;
+  }
   int64_t outer_elements() const { return Arena<T>::padded(scratch_for_outer<T>(std::max(I, std::max(P, H)))); }
 
   int64_t lay_out(T* start, int members) {
@@ -565,7 +584,9 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
   }
 
   int64_t earliest(int64_t d, Chunk c) const { return d == 0 ? c.begin : T_ - c.end; }
-  int64_t rows_of(int64_t d, Chunk c) const { return before_step(earliest(d, c) + c.end - c.begin) - before_step(earliest(d, c)); }
+  int64_t rows_of(int64_t d, Chunk c) const {
+    return before_step(earliest(d, c) + c.end - c.begin) - before_step(earliest(d, c));
+  }
   // A chunk's rows of a buffer `columns` wide, from those of step t on.
   T* chunk_row(T* buffer, int64_t columns, int64_t d, Chunk c, int64_t t) const {
     return buffer + (d * chunk * B + before_step(t) - before_step(earliest(d, c))) * columns;
@@ -587,14 +608,18 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
       const Chunk c{(end - 1) / chunk * chunk, end};
       for (int64_t s = c.end - 1; s >= c.begin; --s) {
         if (P != H) {
-          for (int64_t d = side.direction; d < side.direction_end; ++d) gather_dh(d, c, s, Share(side, active(step(d, s))));
+          for (int64_t d = side.direction; d < side.direction_end; ++d)
+            gather_dh(d, c, s, Share(side, active(step(d, s))));
           if (in_step) wait();
-          for (int64_t d = side.direction; d < side.direction_end; ++d) unproject(d, c, s, Share(side, active(step(d, s))));
+          for (int64_t d = side.direction; d < side.direction_end; ++d)
+            unproject(d, c, s, Share(side, active(step(d, s))));
         }
-        for (int64_t d = side.direction; d < side.direction_end; ++d) gates_backward(d, c, s, Share(side, active(step(d, s))));
+        for (int64_t d = side.direction; d < side.direction_end; ++d)
+          gates_backward(d, c, s, Share(side, active(step(d, s))));
         if (in_step) wait();
         if (s == 0 && !state_wanted) break;
-        for (int64_t d = side.direction; d < side.direction_end; ++d) state_backward(d, c, s, Share(side, active(step(d, s))));
+        for (int64_t d = side.direction; d < side.direction_end; ++d)
+          state_backward(d, c, s, Share(side, active(step(d, s))));
         if (in_step && ragged) wait();  // the next step's rows are somebody else's
       }
       team.barrier(rank, 0, members);
@@ -614,11 +639,13 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
     for (int64_t d = side.direction; d < side.direction_end; ++d) {
       const auto& w = this->weights[d];
       if ((T_ > 1 || state_wanted) && !unpacked)
-        pack_rows<T>(hidden, mine(hidden.panels()), mine(hidden.panels(), 1), [&](int64_t k) { return w.w_hh + k * P; }, G,
-                     w_hh + d * packed_elements(hidden, G));
+        pack_rows<T>(
+            hidden, mine(hidden.panels()), mine(hidden.panels(), 1), [&](int64_t k) { return w.w_hh + k * P; }, G,
+            w_hh + d * packed_elements(hidden, G));
       if (P != H)
-        pack_rows<T>(units, mine(units.panels()), mine(units.panels(), 1), [&](int64_t k) { return w.w_hr + k * H; }, P,
-                     w_hr + d * packed_elements(units, P));
+        pack_rows<T>(
+            units, mine(units.panels()), mine(units.panels(), 1), [&](int64_t k) { return w.w_hr + k * H; }, P,
+            w_hr + d * packed_elements(units, P));
       for (int64_t b = mine(B); b < mine(B, 1); ++b) {
         const int64_t row = d * B + this->row_of(b);
         T* dh_row = dh + (d * B + b) * width;
@@ -637,8 +664,9 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
     const int64_t panels = input.panels(), begin = share(panels, rank, members), end = share(panels, rank + 1, members);
     for (int64_t d = 0; d < D && !unpacked; ++d) {
       const T* w = this->weights[d].w_ih;
-      pack_rows<T>(input, begin, end, [&](int64_t k) { return w + (k + Cell::kFirstGate * H) % G * I; }, G,
-                   w_ih + d * packed_elements(input, G));
+      pack_rows<T>(
+          input, begin, end, [&](int64_t k) { return w + (k + Cell::kFirstGate * H) % G * I; }, G,
+          w_ih + d * packed_elements(input, G));
     }
     const int64_t elements = (this->packed ? this->N : T_ * B) * I;
     if (D == 2 || (ragged && !this->packed))
@@ -649,7 +677,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
   template <typename Body>
   FASTSEQ_INLINE void each_row(const Share& my, int64_t units_in_all, const Body& body) const {
     const int64_t panels = Columns<T>{units_in_all}.panels();
-    const int64_t u = std::min(units_in_all, my.begin(panels) * kPanel<T>), end = std::min(units_in_all, my.end(panels) * kPanel<T>);
+    const int64_t u = std::min(units_in_all, my.begin(panels) * kPanel<T>),
+                  end = std::min(units_in_all, my.end(panels) * kPanel<T>);
     for (int64_t b = my.row; b < my.row_end; ++b) body(b, u, end - u);
   }
 
@@ -671,8 +700,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
   // What of it reaches h_t before its projection.
   void unproject(int64_t d, Chunk c, int64_t s, const Share& my) const {
     const T* left = chunk_row(dp, P, d, c, step(d, s)) + my.row * P;
-    multiply<T>({w_hr + d * packed_elements(units, P), P}, units, my.begin(units.panels()), my.end(units.panels()), {left, P},
-                my.row_end - my.row, [&](int64_t i, int64_t u, int lanes, Vec<T> value) {
+    multiply<T>({w_hr + d * packed_elements(units, P), P}, units, my.begin(units.panels()), my.end(units.panels()),
+                {left, P}, my.row_end - my.row, [&](int64_t i, int64_t u, int lanes, Vec<T> value) {
                   store(draw + (d * B + my.row + i) * cell_width + u, value, lanes);
                 });
   }
@@ -694,9 +723,11 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
         *dc_row = dc + (d * B + b) * cell_width;
       const auto some = [&](int64_t u, int lanes) __attribute__((always_inline)) {
         const auto tape = [&](int k) __attribute__((always_inline)) { return load(gates + k * H + u, lanes); };
-        const auto put = [&](int k, Vec<T> value) __attribute__((always_inline)) { store(da_row + k * H + u, value, lanes); };
+        const auto put = [&](int k, Vec<T> value)
+                             __attribute__((always_inline)) { store(da_row + k * H + u, value, lanes); };
         Back<T> at_t{};
-        at_t.dh = P == H ? load(dh_row + u, lanes) + load(dy + u, lanes) : load(draw + (d * B + b) * cell_width + u, lanes);
+        at_t.dh =
+            P == H ? load(dh_row + u, lanes) + load(dy + u, lanes) : load(draw + (d * B + b) * cell_width + u, lanes);
         if constexpr (Cell::kHasCell) {
           at_t.c = load(cells + u, lanes);
           at_t.dc = load(dc_row + u, lanes);
@@ -722,7 +753,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
     const T* left = chunk_row(da, da_width, d, c, step(d, s)) + hidden_from;
     if (unpacked) {
       each_row(my, P, [&](int64_t b, int64_t p, int64_t count) {
-        multiply_row<T>(left + b * da_width, this->weights[d].w_hh, P, G, p, p + count, dh + (d * B + b) * width, Cell::kKeepsH);
+        multiply_row<T>(left + b * da_width, this->weights[d].w_hh, P, G, p, p + count, dh + (d * B + b) * width,
+                        Cell::kKeepsH);
       });
     } else {
       const Packed<T> w{w_hh + d * packed_elements(hidden, G), G};
@@ -734,8 +766,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
         constexpr int64_t kGroup = 4;
         to_and_fro(0, (end - begin + kGroup - 1) / kGroup, s % 2, [&](int64_t group, int64_t next) {
           const int64_t panel = begin + group * kGroup;
-          multiply_panels<T>(w, panel, std::min(kGroup, end - panel), begin + next * kGroup, {left + row * da_width, da_width},
-                             rows, result + panel * kPanel<T>, width, Cell::kKeepsH);
+          multiply_panels<T>(w, panel, std::min(kGroup, end - panel), begin + next * kGroup,
+                             {left + row * da_width, da_width}, rows, result + panel * kPanel<T>, width, Cell::kKeepsH);
         });
       }
     }
@@ -776,8 +808,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
       for (int64_t row = 0; row < rows; ++row) {
         bool add = D == 2;
         each_gate_range(0, G, [&](int64_t from, int64_t to, int64_t shift) {
-          multiply_row<T>(left + row * da_width + from, this->weights[d].w_ih + (from + shift) * I, I, to - from, first, last,
-                          dx_row(d, c, row), add);
+          multiply_row<T>(left + row * da_width + from, this->weights[d].w_ih + (from + shift) * I, I, to - from, first,
+                          last, dx_row(d, c, row), add);
           add = true;
         });
       }
@@ -785,8 +817,9 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
     }
     const int64_t begin = share(rows, rank, members), end = share(rows, rank + 1, members);
     T* first = ragged ? nullptr : this->dx + (before_step(earliest(d, c)) + begin) * I;
-    multiply<T>({w_ih + d * packed_elements(input, G), G}, input, 0, input.panels(), {left + begin * da_width, da_width},
-                end - begin, [&](int64_t i, int64_t column, int lanes, Vec<T> value) {
+    multiply<T>({w_ih + d * packed_elements(input, G), G}, input, 0, input.panels(),
+                {left + begin * da_width, da_width}, end - begin,
+                [&](int64_t i, int64_t column, int lanes, Vec<T> value) {
                   T* out = (first ? first + i * I : dx_row(d, c, begin + i)) + column;
                   store(out, D == 2 ? load(out, lanes) + value : value, lanes);
                 });
@@ -810,8 +843,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
     };
     if (dw.w_ih)
       each_gate_range(begin, end, [&](int64_t from, int64_t to, int64_t shift) {
-        multiply_outer<T>([&](int64_t k) { return left + k * da_width; }, x_rows, rows, from, to, I, dw.w_ih + shift * I, add,
-                          scratch);
+        multiply_outer<T>([&](int64_t k) { return left + k * da_width; }, x_rows, rows, from, to, I,
+                          dw.w_ih + shift * I, add, scratch);
       });
     if (dw.w_hh) {
       // Rows that start from zeros add nothing. Where they are all of a step, they are left out.
@@ -822,8 +855,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
         const T* row = this->h_before(this->y, d, t, b);
         return row ? row : zeros;
       };
-      multiply_outer<T>([&](int64_t k) { return left + (skipped + k) * da_width + hidden_from; }, h_rows, rows - (none ? B : 0),
-                        begin, end, P, dw.w_hh, add, scratch);
+      multiply_outer<T>([&](int64_t k) { return left + (skipped + k) * da_width + hidden_from; }, h_rows,
+                        rows - (none ? B : 0), begin, end, P, dw.w_hh, add, scratch);
     }
     if (dw.w_hr)
       multiply_outer<T>([&](int64_t k) { return dp + (d * chunk * B + k) * P; },
@@ -850,7 +883,9 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
       const auto& dw = this->dweights[d];
       const T* sums = db + d * da_width;
       if (dw.b_ih)
-        each_gate_range(0, G, [&](int64_t from, int64_t to, int64_t shift) { std::copy(sums + from, sums + to, dw.b_ih + from + shift); });
+        each_gate_range(0, G, [&](int64_t from, int64_t to, int64_t shift) {
+          std::copy(sums + from, sums + to, dw.b_ih + from + shift);
+        });
       if (dw.b_hh) std::copy(sums + hidden_from, sums + hidden_from + G, dw.b_hh);
     }
   }

@@ -1,7 +1,7 @@
 // Vectors, and the gates' functions on them, for the instruction set that the including source was compiled for.
 //
-// One text serves every instruction set: the compiler's vector extensions and its contraction of a*b+c into FMA stand in
-// for intrinsics. Each source in cpu/isa/ includes the kernels once, under its own namespace, so that the linker can
+// One text serves every instruction set: the compiler's vector extensions and its contraction of a*b+c into FMA stand
+// in for intrinsics. Each source in cpu/isa/ includes the kernels once, under its own namespace, so that the linker can
 // never mix code of two instruction sets.
 #pragma once
 #include <cstdint>
@@ -52,8 +52,8 @@ FASTSEQ_INLINE void store(T* p, Vec<T> v) {
   memcpy(p, &v, sizeof v);
 }
 
-// The first n lanes; the others read as zero and are not touched in memory. Rows' ends only: a call costs less than code at
-// every place.
+// The first n lanes; the others read as zero and are not touched in memory. Rows' ends only: a call costs less than
+// code at every place.
 template <typename T>
 __attribute__((noinline)) Vec<T> load_part(const T* p, int n) {
   T lanes[kLanes<T>] = {};
@@ -170,10 +170,9 @@ struct Expm1<float> {  // 2.4e-8
 template <>
 struct Expm1<double> {  // 4.1e-17
   static constexpr double kCoefficients[] = {
-      0.50000000000000010262, 0.16666666666666667456, 0.041666666666623991516,
-      0.0083333333333300513464, 0.0013888888917281793308, 0.00019841269863105968748,
-      0.000024801521190217727651, 2.7557268378684192873e-6, 2.7620138719733995569e-7,
-      2.5100424157005066788e-8};
+      0.50000000000000010262,   0.16666666666666667456,    0.041666666666623991516,    0.0083333333333300513464,
+      0.0013888888917281793308, 0.00019841269863105968748, 0.000024801521190217727651, 2.7557268378684192873e-6,
+      2.7620138719733995569e-7, 2.5100424157005066788e-8};
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52, kBias = 1023;

@@ -31,9 +31,9 @@ inline void spin(const Done& done) {
   }
 }
 
-// A parallel_for hands out its range as it likes: to fewer threads than asked for, all of it to one, or parts of it late.
-// So the team is whoever answers the roll call: the first one waits a bounded time for the others, then closes the call,
-// and a thread that comes later leaves. Barriers inside the team are safe because every member is running.
+// A parallel_for hands out its range as it likes: to fewer threads than asked for, all of it to one, or parts of it
+// late. So the team is whoever answers the roll call: the first one waits a bounded time for the others, then closes
+// the call, and a thread that comes later leaves. Barriers inside the team are safe because every member is running.
 class Team {
  public:
   static constexpr int kMost = 64;
@@ -46,7 +46,8 @@ class Team {
     } while (!present_.compare_exchange_weak(present, present + 1, std::memory_order_acq_rel));
     if (present == 0) {
       const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
-      while (present_.load(std::memory_order_relaxed) < expected && std::chrono::steady_clock::now() < deadline) pause();
+      while (present_.load(std::memory_order_relaxed) < expected && std::chrono::steady_clock::now() < deadline)
+        pause();
       size_.store(present_.fetch_or(kClosed, std::memory_order_acq_rel), std::memory_order_release);
     } else {
       spin([&] { return size_.load(std::memory_order_acquire) != 0; });

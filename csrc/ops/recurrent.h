@@ -27,14 +27,21 @@ struct RecurrentInputs {
   std::vector<Tensor> weights;
   int64_t T, B, I, H, P, D, N, per_direction;
   bool packed, biased, projected;
-  ScalarType dtype, stored;  // of everything, and of weights in particular
+  ScalarType dtype, stored;                     // of everything, and of weights in particular
   std::vector<int64_t> before, order, step_of;  // empty where all rows run at all steps
 
   RecurrentInputs(const RecurrentOp& op, Tensor x_, MaybeTensor h0_, MaybeTensor c0_, std::vector<Tensor> weights_,
                   bool bidirectional, const MaybeTensor& batch_sizes, const MaybeTensor& lengths, MaybeTensor reset_,
                   MaybeTensor reset_h_, MaybeTensor reset_c_, bool may_be_half)
-      : op(op), x(std::move(x_)), h0(std::move(h0_)), c0(std::move(c0_)), reset(std::move(reset_)),
-        reset_h(std::move(reset_h_)), reset_c(std::move(reset_c_)), weights(std::move(weights_)), packed(batch_sizes) {
+      : op(op),
+        x(std::move(x_)),
+        h0(std::move(h0_)),
+        c0(std::move(c0_)),
+        reset(std::move(reset_)),
+        reset_h(std::move(reset_h_)),
+        reset_c(std::move(reset_c_)),
+        weights(std::move(weights_)),
+        packed(batch_sizes) {
     dtype = x.scalar_type();
     check(dtype == ScalarType::Float || dtype == ScalarType::Double, op.name, "x", "float32 or float64");
     check(x.dim() == (packed ? 2 : 3), op.name, "x", packed ? "packed, [N, I]" : "[T, B, I]");
@@ -52,15 +59,20 @@ struct RecurrentInputs {
       T = x.size(0), B = x.size(1), N = T * B;
     check(T > 0 && I > 0 && H > 0 && P > 0, op.name, "each of T, I and H", "positive");
     const ScalarType given = weights[0].scalar_type();
-    const bool half = (given == ScalarType::BFloat16 || given == ScalarType::Half) && dtype == ScalarType::Float && may_be_half;
+    const bool half =
+        (given == ScalarType::BFloat16 || given == ScalarType::Half) && dtype == ScalarType::Float && may_be_half;
     stored = half ? given : dtype;
     for (size_t k = 0; k < weights.size(); ++k) {
       const int64_t kind = int64_t(k) % per_direction;
       const int64_t G = op.gates * H;
-      if (kind == 0) check(weights[k], op.name, "w_ih", {G, I}, stored);
-      else if (kind == 1) check(weights[k], op.name, "w_hh", {G, P}, stored);
-      else if (projected && kind == per_direction - 1) check(weights[k], op.name, "w_hr", {P, H}, stored);
-      else check(weights[k], op.name, "a bias", {G}, stored);
+      if (kind == 0)
+        check(weights[k], op.name, "w_ih", {G, I}, stored);
+      else if (kind == 1)
+        check(weights[k], op.name, "w_hh", {G, P}, stored);
+      else if (projected && kind == per_direction - 1)
+        check(weights[k], op.name, "w_hr", {P, H}, stored);
+      else
+        check(weights[k], op.name, "a bias", {G}, stored);
       weights[k] = laid_out(weights[k]);
     }
     x = packed ? laid_out(x) : laid_out(x, true);
@@ -93,7 +105,9 @@ struct RecurrentInputs {
     shape.reset = data<bool>(reset);
     shape.reset_h = data<Scalar>(reset_h), shape.reset_c = data<Scalar>(reset_c);
     shape.h0 = data<Scalar>(h0), shape.c0 = data<Scalar>(c0);
-    shape.stored = stored == ScalarType::BFloat16 ? Stored::kBfloat16 : stored == ScalarType::Half ? Stored::kFloat16 : Stored::kSame;
+    shape.stored = stored == ScalarType::BFloat16 ? Stored::kBfloat16
+                   : stored == ScalarType::Half   ? Stored::kFloat16
+                                                  : Stored::kSame;
     each_weight(weights, [](const Tensor& t) { return static_cast<const Scalar*>(t.const_data_ptr()); }, shape.weights);
   }
 
@@ -116,7 +130,8 @@ struct RecurrentInputs {
   }
 
   void read_batch_sizes(const Tensor& sizes) {
-    check(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1, op.name, "batch_sizes", "int64 [T] on the CPU");
+    check(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1, op.name, "batch_sizes",
+          "int64 [T] on the CPU");
     const Tensor ordered = laid_out(sizes);
     const auto* rows = static_cast<const int64_t*>(ordered.const_data_ptr());
     T = sizes.size(0), B = T > 0 ? rows[0] : 0;
@@ -161,13 +176,16 @@ struct RecurrentInputs {
 // Stands for what a call does not return: always the same empty tensors, one for each place, since making one costs a
 // microsecond.
 inline const Tensor& nothing(int place, ScalarType dtype) {
-  static const auto make = [](ScalarType type) { return std::vector<Tensor>{empty({0}, type), empty({0}, type), empty({0}, type)}; };
+  static const auto make = [](ScalarType type) {
+    return std::vector<Tensor>{empty({0}, type), empty({0}, type), empty({0}, type)};
+  };
   static const std::vector<Tensor> floats = make(ScalarType::Float), doubles = make(ScalarType::Double);
   return (dtype == ScalarType::Float ? floats : doubles)[place];
 }
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(const RecurrentOp& op, const RecurrentInputs& in,
-                                                                            bool save_tape, bool save_cells) {
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(const RecurrentOp& op,
+                                                                            const RecurrentInputs& in, bool save_tape,
+                                                                            bool save_cells) {
   const auto [T, B, H, P, D, N] = std::tuple(in.T, in.B, in.H, in.P, in.D, in.N);
   const ScalarType dtype = in.dtype;
   Tensor y = in.packed ? empty({N, D * P}, dtype) : empty({T, B, D * P}, dtype);
@@ -196,7 +214,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> r
   const auto [T, B, I, H, P, D, N] = std::tuple(in.T, in.B, in.I, in.H, in.P, in.D, in.N);
   const ScalarType dtype = in.dtype;
   const size_t inputs = 5;  // x, h0, c0, reset_h, reset_c
-  check(needs.size() == inputs + in.weights.size(), op.name, "needs", "a flag for x, h0, c0, reset_h, reset_c and each weight");
+  check(needs.size() == inputs + in.weights.size(), op.name, "needs",
+        "a flag for x, h0, c0, reset_h, reset_c and each weight");
   const auto rows = [&](const MaybeTensor& t, const char* name, int64_t width, bool strided) -> MaybeTensor {
     if (!t) return t;
     if (in.packed)
@@ -235,20 +254,25 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> r
   std::vector<Tensor> dweights;
   for (size_t k = 0; k < in.weights.size(); ++k) {
     const Tensor& w = in.weights[k];
-    dweights.push_back(w.dim() == 1 ? wanted(needs[inputs + k], {w.size(0)}) : wanted(needs[inputs + k], {w.size(0), w.size(1)}));
+    dweights.push_back(w.dim() == 1 ? wanted(needs[inputs + k], {w.size(0)})
+                                    : wanted(needs[inputs + k], {w.size(0), w.size(1)}));
   }
 
   const auto run = [&](auto zero, auto kernel) {
     using Scalar = decltype(zero);
-    const auto in_data = [](const Tensor& t) { return t.numel() ? static_cast<const Scalar*>(t.const_data_ptr()) : nullptr; };
+    const auto in_data = [](const Tensor& t) {
+      return t.numel() ? static_cast<const Scalar*>(t.const_data_ptr()) : nullptr;
+    };
     const auto data = [](const Tensor& t) { return t.numel() ? static_cast<Scalar*>(t.mutable_data_ptr()) : nullptr; };
     RecurrentBackward<Scalar> call{};
     in.fill(call);
-    call.dy = static_cast<const Scalar*>(dy->const_data_ptr()), call.dy_t = dy->stride(0), call.dy_b = in.packed ? 0 : dy->stride(1);
+    call.dy = static_cast<const Scalar*>(dy->const_data_ptr()), call.dy_t = dy->stride(0),
+    call.dy_b = in.packed ? 0 : dy->stride(1);
     call.dcells = in.template data<Scalar>(dcells);
     call.dh_n = in.template data<Scalar>(dh_n), call.dc_n = in.template data<Scalar>(dc_n);
     call.y = in_data(*y), call.gates = in_data(gates), call.cells = in_data(cells);
-    call.dx = data(dx), call.dh0 = data(dh0), call.dc0 = data(dc0), call.dreset_h = data(dreset_h), call.dreset_c = data(dreset_c);
+    call.dx = data(dx), call.dh0 = data(dh0), call.dc0 = data(dc0), call.dreset_h = data(dreset_h),
+    call.dreset_c = data(dreset_c);
     in.each_weight(dweights, data, call.dweights);
     kernel(call, threads());
   };
@@ -263,54 +287,73 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> r
 
 // Declares the kernels of a cell in every instruction set and chooses among them.
 #if defined(__x86_64__)
-#define FASTSEQ_RECURRENT_KERNELS(cell)                                   \
-  namespace fastseq {                                                     \
-  namespace portable { extern const RecurrentKernels cell##_kernels; }    \
-  namespace avx2 { extern const RecurrentKernels cell##_kernels; }        \
-  namespace avx512 { extern const RecurrentKernels cell##_kernels; }      \
-  static const RecurrentKernels& cell##_chosen() {                        \
+#define FASTSEQ_RECURRENT_KERNELS(cell)                                                    \
+  namespace fastseq {                                                                      \
+  namespace portable {                                                                     \
+  extern const RecurrentKernels cell##_kernels;                                            \
+  }                                                                                        \
+  namespace avx2 {                                                                         \
+  extern const RecurrentKernels cell##_kernels;                                            \
+  }                                                                                        \
+  namespace avx512 {                                                                       \
+  extern const RecurrentKernels cell##_kernels;                                            \
+  }                                                                                        \
+  static const RecurrentKernels& cell##_chosen() {                                         \
     return chosen(portable::cell##_kernels, avx2::cell##_kernels, avx512::cell##_kernels); \
-  }                                                                       \
+  }                                                                                        \
   }
 #else
-#define FASTSEQ_RECURRENT_KERNELS(cell)                                   \
-  namespace fastseq {                                                     \
-  namespace portable { extern const RecurrentKernels cell##_kernels; }    \
+#define FASTSEQ_RECURRENT_KERNELS(cell)                                               \
+  namespace fastseq {                                                                 \
+  namespace portable {                                                                \
+  extern const RecurrentKernels cell##_kernels;                                       \
+  }                                                                                   \
   static const RecurrentKernels& cell##_chosen() { return portable::cell##_kernels; } \
   }
 #endif
 
 // Defines fastseq_native::<cell> and <cell>_backward.
-#define FASTSEQ_RECURRENT_OP(cell, gates, tape, has_cell)                                                               \
-  FASTSEQ_RECURRENT_KERNELS(cell)                                                                                       \
-  namespace fastseq {                                                                                                   \
-  static const RecurrentOp cell##_op{#cell, gates, tape, has_cell, cell##_chosen};                                      \
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cell(                                                       \
-      Tensor x, MaybeTensor h0, MaybeTensor c0, std::vector<Tensor> weights, bool bidirectional, bool save_tape, bool save_cells, \
-      MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor reset, MaybeTensor reset_h, MaybeTensor reset_c) {      \
-    return recurrent_forward(cell##_op, {cell##_op, std::move(x), std::move(h0), std::move(c0), std::move(weights),     \
-                             bidirectional, batch_sizes, lengths, std::move(reset), std::move(reset_h),                 \
-                             std::move(reset_c), !save_tape}, save_tape, save_cells);                                   \
-  }                                                                                                                     \
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> cell##_backward(                       \
-      MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, MaybeTensor dcells, Tensor x, MaybeTensor h0, MaybeTensor c0, \
-      std::vector<Tensor> weights, bool bidirectional, MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor reset, \
-      MaybeTensor reset_h, MaybeTensor reset_c, Tensor y, Tensor gates_, Tensor cells, std::vector<bool> needs) {       \
-    return recurrent_backward(cell##_op, {cell##_op, std::move(x), std::move(h0), std::move(c0), std::move(weights),    \
-                              bidirectional, batch_sizes, lengths, std::move(reset), std::move(reset_h),                \
-                              std::move(reset_c), false}, dy, dh_n, dc_n, dcells, y, gates_, cells, needs);             \
-  }                                                                                                                     \
-  }                                                                                                                     \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_native, m) {                                                                    \
-    m.def(#cell "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bidirectional, bool save_tape,"              \
-          " bool save_cells, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor? reset_h, Tensor? reset_c)"                     \
-          " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");                                                              \
-    m.def(#cell "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0,"   \
-          " Tensor[] weights, bool bidirectional, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor? reset_h,"\
-          " Tensor? reset_c, Tensor y, Tensor gates, Tensor cells, bool[] needs)"                                       \
-          " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");                                                    \
-  }                                                                                                                     \
-  STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {                                                                   \
-    m.impl(#cell, TORCH_BOX(&fastseq::cell));                                                                           \
-    m.impl(#cell "_backward", TORCH_BOX(&fastseq::cell##_backward));                                                    \
+#define FASTSEQ_RECURRENT_OP(cell, gates, tape, has_cell)                                                              \
+  FASTSEQ_RECURRENT_KERNELS(cell)                                                                                      \
+  namespace fastseq {                                                                                                  \
+  static const RecurrentOp cell##_op{#cell, gates, tape, has_cell, cell##_chosen};                                     \
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cell(Tensor x, MaybeTensor h0, MaybeTensor c0,             \
+                                                                 std::vector<Tensor> weights, bool bidirectional,      \
+                                                                 bool save_tape, bool save_cells,                      \
+                                                                 MaybeTensor batch_sizes, MaybeTensor lengths,         \
+                                                                 MaybeTensor reset, MaybeTensor reset_h,               \
+                                                                 MaybeTensor reset_c) {                                \
+    return recurrent_forward(                                                                                          \
+        cell##_op,                                                                                                     \
+        {cell##_op, std::move(x), std::move(h0), std::move(c0), std::move(weights), bidirectional, batch_sizes,        \
+         lengths, std::move(reset), std::move(reset_h), std::move(reset_c), !save_tape},                               \
+        save_tape, save_cells);                                                                                        \
+  }                                                                                                                    \
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> cell##_backward(                      \
+      MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, MaybeTensor dcells, Tensor x, MaybeTensor h0,                \
+      MaybeTensor c0, std::vector<Tensor> weights, bool bidirectional, MaybeTensor batch_sizes, MaybeTensor lengths,   \
+      MaybeTensor reset, MaybeTensor reset_h, MaybeTensor reset_c, Tensor y, Tensor gates_, Tensor cells,              \
+      std::vector<bool> needs) {                                                                                       \
+    return recurrent_backward(                                                                                         \
+        cell##_op,                                                                                                     \
+        {cell##_op, std::move(x), std::move(h0), std::move(c0), std::move(weights), bidirectional, batch_sizes,        \
+         lengths, std::move(reset), std::move(reset_h), std::move(reset_c), false},                                    \
+        dy, dh_n, dc_n, dcells, y, gates_, cells, needs);                                                              \
+  }                                                                                                                    \
+  }                                                                                                                    \
+  STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_native, m) {                                                                   \
+    m.def(#cell                                                                                                        \
+          "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bidirectional, bool save_tape,"                   \
+          " bool save_cells, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor? reset_h, Tensor? reset_c)"   \
+          " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");                                                             \
+    m.def(                                                                                                             \
+        #cell                                                                                                          \
+        "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0,"          \
+        " Tensor[] weights, bool bidirectional, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor? reset_h," \
+        " Tensor? reset_c, Tensor y, Tensor gates, Tensor cells, bool[] needs)"                                        \
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");                                                     \
+  }                                                                                                                    \
+  STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {                                                                  \
+    m.impl(#cell, TORCH_BOX(&fastseq::cell));                                                                          \
+    m.impl(#cell "_backward", TORCH_BOX(&fastseq::cell##_backward));                                                   \
   }

@@ -42,7 +42,8 @@ inline void check(bool sound, const char* op, const char* name, const char* expe
   if (!sound) throw std::runtime_error(std::string(op) + ": " + name + " must be " + expected);
 }
 
-inline void check(const Tensor& t, const char* op, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+inline void check(const Tensor& t, const char* op, const char* name, std::initializer_list<int64_t> sizes,
+                  ScalarType dtype) {
   check(t.is_cpu() && t.scalar_type() == dtype, op, name, "on the CPU and have the right dtype");
   bool same = t.dim() == int64_t(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(int64_t(i)) == sizes.begin()[i];
