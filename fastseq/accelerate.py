@@ -141,7 +141,7 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
     if reason is not None:
         return "torch", "; ".join([reason, *passed_over])
     computed = [] if dtype == weight.dtype else [f"computed in {str(dtype).removeprefix('torch.')}"]
-    return chosen.name, "; ".join([*passed_over, *computed])
+    return chosen.name, "; ".join([*passed_over, *computed, *([module.note] if module.note else [])])
 
 
 def _require_module(model: object, function: str) -> None:

@@ -222,6 +222,27 @@ def test_cells(kind: str, options: dict, bias: bool, batch: int | None) -> None:
         assert_same(run(theirs, x, hx), got)
 
 
+@pytest.mark.parametrize(("kind", "options"), CELLS, ids=str)
+def test_large_cells_are_ours_and_small_ones_torchs(kind: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    require(LSTM.table, LSTM.table.impls[0], "cpu", torch.float32)
+    for size, mine in ((16, False), (800, True)):
+        theirs, ours = pair(size, size, kind=kind, **options)
+        called = []
+        monkeypatch.setattr(type(ours.op), "__call__", spying(called, type(ours.op).__call__))
+        x = torch.randn(1, size)
+        assert_same(run(theirs, x, None), run(ours, x, None))
+        monkeypatch.undo()
+        assert bool(called) == mine
+
+
+def spying(called: list, function):
+    def spy(*args, **kwargs):
+        called.append(args)
+        return function(*args, **kwargs)
+
+    return spy
+
+
 @each_kind
 @pytest.mark.parametrize("cell", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

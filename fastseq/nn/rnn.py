@@ -20,6 +20,7 @@ class _Layers(torch.nn.RNNBase):
 
     # Whether autocast gives its low precision back, as in torch, or float32.
     _autocast_lowers = True
+    note = ""
 
     @property
     def op(self) -> Recurrent:

@@ -14,7 +14,8 @@ from fastseq.registry import HALF, OPS, BackendError, requested_backend
 
 # Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
 @assume_constant_result
-def _requested() -> str | None:
+def requested() -> str | None:
+    """The implementation asked for by name, or None."""
     return requested_backend()
 
 
@@ -42,8 +43,8 @@ def torch_forward(forward: Any, name: str, reason: str | None, *args: Any) -> An
     Raises:
         BackendError: an implementation was asked for by name, but there is a reason why none serves.
     """
-    if reason is not None and (requested := _requested()) is not None:
-        raise BackendError(f"fastseq.nn.{name}: {requested} was asked for but {reason}")
+    if reason is not None and (name_asked_for := requested()) is not None:
+        raise BackendError(f"fastseq.nn.{name}: {name_asked_for} was asked for but {reason}")
     return forward(*args)
 
 
