@@ -59,7 +59,7 @@ def accelerate(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None 
 def restore(model: Model) -> Model:
     """Gives every fastseq layer of a model its torch class back, in place, and returns the model.
 
-    Do this before torch.jit.script and before tools that look for torch's exact classes. A layer that was parametrized
+    Do this before tools that look for torch's exact classes. A layer that was parametrized
     after `accelerate` has a class of its own and stays.
     """
     _require_module(model, "restore")

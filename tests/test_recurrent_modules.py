@@ -356,12 +356,19 @@ def test_errors_are_torchs(kind: str, call) -> None:
 BAD_OPTIONS = [
     (dict(lengths=[1, 2, 3]), TypeError, "lengths must be a torch.Tensor, got list"),
     (dict(lengths=torch.ones(3)), ValueError, "lengths must be integers, got torch.float32"),
-    (dict(lengths=torch.tensor([1, 2])), ValueError, r"lengths must be int64 \[3\]"),
+    (dict(lengths=torch.tensor([1, 2, 3]) * 1j), ValueError, "lengths must be integers, got torch.complex64"),
+    (dict(lengths=torch.tensor([1, 2])), ValueError, r"lengths must be \[3\], one for each row, got \[2\]"),
     (dict(lengths=torch.tensor([1, 2, 6])), ValueError, "lengths must be between 0 and T=5, got 1 to 6"),
     (dict(reset=torch.zeros(3, 5, dtype=torch.bool)), ValueError, r"reset must be torch.bool \[5, 3\]"),
     (dict(reset=torch.zeros(5, 3)), ValueError, "reset must be torch.bool"),
     (dict(reset_state=torch.zeros(1, 3, 11)), ValueError, "it needs reset"),
+    (dict(reset=torch.zeros(5, dtype=torch.bool)), ValueError, r"reset must be torch.bool \[5, 3\]"),
     (dict(reset=torch.zeros(5, 3, dtype=torch.bool), reset_state=3), TypeError, "reset_state must"),
+    (
+        dict(reset=torch.zeros(5, 3, dtype=torch.bool), reset_state=[hidden(2, 3, 11)] * 2),
+        (TypeError, ValueError),
+        "reset_state",
+    ),
 ]
 
 
@@ -386,6 +393,27 @@ def test_packed_input_with_a_wrong_state_is_an_error(kind: str) -> None:
         hx = (hidden(*shape), hidden(*shape)) if kind == "LSTM" else hidden(*shape)
         with pytest.raises(RuntimeError, match=r"Expected hidden(\[0\])? size \(1, 1, 11\), got"):
             ours(pack_sequence([torch.randn(5, 7)]), hx)
+
+
+def test_cells_past_a_length_are_zeros() -> None:
+    _, ours = pair(7, 11, num_layers=2)
+    lengths = torch.tensor([5, 2, 0])
+    cells = ours(torch.randn(5, 3, 7), lengths=lengths, return_cell_sequence=True)[2]
+    past = torch.arange(5).unsqueeze(-1) >= lengths
+    assert not cells[past].any() and cells[~past].all()
+
+
+@each_kind
+def test_compiling_with_packed_input_and_with_lengths(kind: str) -> None:
+    torch._dynamo.reset()
+    layer = fastseq.accelerate(getattr(nn, kind)(4, 6))
+    x, lengths = torch.randn(5, 3, 4), torch.tensor([5, 2, 3])
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    got, want = torch.compile(layer, backend="eager")(packed), layer(packed)
+    torch.testing.assert_close(flat(got), flat(want))
+    assert torch.equal(got[0].unsorted_indices, want[0].unsorted_indices)
+    compiled = torch.compile(lambda x: layer(x, lengths=lengths), fullgraph=True, backend="eager")
+    torch.testing.assert_close(flat(compiled(x)), flat(layer(x, lengths=lengths)))
 
 
 def test_only_the_lstm_has_a_cell_sequence() -> None:

@@ -101,7 +101,7 @@ def test_forward_tape_and_backward(
     ours = Outputs(*impl.kernel.forward(*arguments.saving(True)))
     places = running(arguments)
     for name, got, want in zip(Outputs._fields, ours, outputs, strict=True):
-        if name in ("gates", "cells") and places is not None and got.numel():
+        if name == "gates" and places is not None and got.numel():
             got, want = got[:, places], want[:, places]  # nobody reads the tape past a row's end
         torch.testing.assert_close(got, want)
     without = Outputs(*impl.kernel.forward(*arguments.saving(False)))
@@ -267,8 +267,7 @@ def test_gradcheck(served: tuple[Recurrent, Impl], case: Case) -> None:
         x, h0, c0, reset_h, reset_c = (next_like(t) for t in (arguments.x, *arguments[1:3], *arguments[8:]))
         changed = arguments._replace(x=x, h0=h0, c0=c0, reset_h=reset_h, reset_c=reset_c, weights=rest)
         outputs = op(changed, save_cells=True)
-        # What a tape holds past a row's end is nobody's.
-        return tuple(t for t in (*outputs[:3], *([] if case.lengths else [outputs.cells])) if t.numel())
+        return tuple(t for t in (*outputs[:3], outputs.cells) if t.numel())
 
     for t in tensors:
         t.requires_grad_()
@@ -276,6 +275,34 @@ def test_gradcheck(served: tuple[Recurrent, Impl], case: Case) -> None:
         # One random direction instead of every element: the cases are many.
         assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@each_op
+def test_double_backward_where_one_input_depends_on_another(op: Recurrent) -> None:
+    arguments = Case(3, 2, 5, 5).arguments(op, "cpu", torch.float64)
+    h0 = arguments.h0.requires_grad_()
+
+    def chained() -> Tensor:
+        h, c = h0, h0 * 2 if op.has_cell else None
+        for _ in range(3):  # every input is made from the state
+            h, c = op(arguments._replace(x=torch.tanh(h).expand(3, 2, 5), h0=h, c0=c))[1:3]
+            c = c if op.has_cell else None
+        return h.square().sum()
+
+    once = torch.autograd.grad(chained(), h0)[0]
+    twice = torch.autograd.grad(chained(), h0, create_graph=True)[0]
+    torch.testing.assert_close(twice, once)
+
+
+@each_op
+def test_double_backward_does_not_read_past_a_length(op: Recurrent) -> None:
+    arguments = Case(5, 2, 3, 4).arguments(op, "cpu", torch.float64)._replace(lengths=torch.tensor([5, 2]))
+    x = arguments.x.clone()
+    x[3:, 1] = float("nan")
+    leaves = [x.requires_grad_(), *(w.requires_grad_() for w in arguments.weights)]
+    y = op(arguments._replace(x=x)).y
+    for grad in torch.autograd.grad(y.sum(), leaves, create_graph=True):
+        assert torch.isfinite(grad).all()
 
 
 @each_implementation
@@ -499,6 +526,12 @@ BAD_ARGUMENTS = [
     (lambda a: dict(reset=torch.zeros(3, 4, dtype=torch.bool)), r"reset must be torch.bool \[4, 3\]"),
     (lambda a: dict(reset=torch.zeros(4, 3)), r"reset must be torch.bool \[4, 3\] on cpu like x, got torch.float32"),
     (lambda a: dict(reset_h=a.h0[:, :1]), r"reset_h must be \[1, 3, 6\]"),
+    (
+        lambda a: dict(x=a.x.flatten(0, 1), batch_sizes=torch.tensor([4, 5, 3])),
+        "batch_sizes must be positive, not rise",
+    ),
+    (lambda a: dict(x=a.x.flatten(0, 1), batch_sizes=torch.tensor([12, 0])), "batch_sizes must be positive, not rise"),
+    (lambda a: dict(x=a.x[..., :0]), "at least one feature, got I=0"),
     (lambda a: dict(batch_sizes=torch.tensor([3, 1])), r"x must be packed, \[N, I\], got 3 dimensions"),
 ]
 
@@ -514,6 +547,15 @@ def test_bad_arguments_name_the_argument(function, change, message: str) -> None
     with pytest.raises(ValueError, match=message):
         function(**given)
     torch.testing.assert_close(op(arguments)[:2], op.reference.forward(*arguments.saving(False))[:2])
+
+
+def test_a_square_projection_is_refused() -> None:
+    arguments = Case(4, 3, 5, 6, P=6).arguments(LSTM, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="a projection must change the size"):
+        lstm(*arguments[:4])
+    require_native()
+    with pytest.raises(RuntimeError, match="lstm: w_hr must be"):
+        torch.ops.fastseq_native.lstm(*arguments.saving(False))
 
 
 def test_unknown_nonlinearity() -> None:

@@ -12,6 +12,7 @@
 //   kUnitPanels  panels of units in a block, so that a block's slots fill about 64 columns
 //   kTape        gates on the tape
 //   kHasCell     whether there is c beside h
+//   kKeepsH      whether h_{t-1} goes into h_t past W_hh, and dh_t into dh_{t-1}
 //   step(...)    one step of a vector of units; step_back(...) its gradient
 #pragma once
 #include "cpu/arena.h"
@@ -206,7 +207,7 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   int64_t hr_elements() const { return P == H ? 0 : outputs.panels() * kPanel<T> * H; }
   int64_t gathered_elements() const { return unpacked || evenly_spaced() ? 0 : Arena<T>::padded(kMostBlockRows * I); }
 
-  // Lays the scratch out from `next` on; with null it only counts.
+  // Lays the scratch out from `start` on; with null it only counts.
   int64_t lay_out(T* start, int members) {
     Pieces<T> pieces{start};
     w_ih = pieces.take(D * x_elements());
@@ -328,7 +329,6 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
 
   // sums = W_ih x for steps [from, to) of a direction: for my units, or for my part of the rows.
   void project(int64_t d, int64_t from, int64_t to, const Side& side) const {
-    const Packed<T> w{w_ih + d * x_elements(), I};
     const int64_t earliest = d == 0 ? from : T_ - to, latest = earliest + to - from;
     const int64_t first_row = before_step(earliest), all = before_step(latest) - first_row;
     if (ragged)
@@ -451,9 +451,10 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
         const auto keep = [&](int k, Vec<T> value) __attribute__((always_inline)) {
           if (this->gates) store(this->gates + (at * Cell::kTape + k) * H + u, value, lanes);
         };
-        Vec<T> c_t{};
+        Vec<T> c_t{}, h_before{};
+        if constexpr (Cell::kKeepsH) h_before = load(out.now + u);
         if constexpr (Cell::kHasCell) c_t = load(c_row + u, lanes);
-        const Vec<T> h_t = Cell::template step<T>(slot, out.now ? load(out.now + u) : Vec<T>{}, c_t, keep);
+        const Vec<T> h_t = Cell::template step<T>(slot, h_before, c_t, keep);
         if constexpr (Cell::kHasCell) {
           if (this->cells) store(this->cells + at * H + u, c_t, lanes);
           if (c_n) store(c_n + u, c_t, lanes);
@@ -502,12 +503,14 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
                 [&](int64_t i, int64_t p, int lanes, Vec<T> h_t) { output(d, s, my.row + i).put(p, h_t, lanes); });
   }
 
-  // Outputs past a row's end are zeros.
+  // Outputs and cells past a row's end are zeros.
   void clear_padding(const Side& side) const {
     for (int64_t t = share(T_, side.member(), side.count); t < share(T_, side.member() + 1, side.count); ++t)
       for (int64_t rank = active(t); rank < B; ++rank)
-        for (int64_t d = side.direction; d < side.direction_end; ++d)
+        for (int64_t d = side.direction; d < side.direction_end; ++d) {
           std::fill_n(this->y_row(this->y, t, rank, d), P, T(0));
+          if (this->cells) std::fill_n(this->cells + (d * this->N + place(t, rank)) * H, H, T(0));
+        }
   }
 };
 

@@ -1,4 +1,4 @@
-// The cells of Elman's RNN, with tanh and with ReLU. Formulas: fastseq/reference/rnn.py.
+// The cells of Elman's RNN, with tanh and with ReLU. Formulas: fastseq/reference/rnn_tanh.py and rnn_relu.py.
 #pragma once
 #include "cpu/recurrent_kernel.h"
 
@@ -19,7 +19,7 @@ struct Rnn {
   template <typename T, typename Tape, typename Put>
   static FASTSEQ_INLINE void step_back(const Tape&, Back<T>& at, const Put& put) {
     if constexpr (kRelu)
-      put(0, at.h > Vec<T>{} ? at.dh : Vec<T>{});
+      put(0, at.h <= Vec<T>{} ? Vec<T>{} : at.dh);
     else
       put(0, at.dh * (T(1) - at.h * at.h));
   }

@@ -53,6 +53,7 @@ struct RecurrentInputs {
           op.name, "weights", "w_ih, w_hh, then both biases if any, then w_hr if any, of each direction");
     check(weights[1].dim() == 2, op.name, "w_hh", "[G*H, P]");
     I = x.size(-1), P = weights[1].size(1), H = projected ? weights[1].size(0) / op.gates : P;
+    check(!projected || P != H, op.name, "w_hr", "smaller or larger than the state, not square");
     if (packed)
       read_batch_sizes(*batch_sizes);
     else

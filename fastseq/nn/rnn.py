@@ -14,6 +14,8 @@ from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.recurrent import Arguments, Recurrent
 from fastseq.ops.rnn import RNN_RELU, RNN_TANH
 
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
 
 class _Layers(torch.nn.RNNBase):
     """What the three modules share: torch's contract around calls of an op, layer by layer."""
@@ -58,7 +60,10 @@ class _Layers(torch.nn.RNNBase):
         if reason is not None or not sound:
             if packed and hx is not None:  # which torch forgets to check, and reads past the states' end
                 self.check_forward_args(x, hx, sizes)
-            return torch_forward(torchs_forward, name, reason, input, hx)
+            result = torch_forward(torchs_forward, name, reason, input, hx)
+            if options:  # and torch has accepted what the op does not take
+                raise ValueError("lengths, reset and the like need an input and weights that fastseq's op takes")
+            return result
 
         states = self._states(hx)
         batched = packed or x.dim() == 3
@@ -70,7 +75,8 @@ class _Layers(torch.nn.RNNBase):
             x = x.transpose(0, 1)
         reset_states: list[Tensor | None] = [None, None]
         if options:
-            lengths, reset, reset_states = self._options(batched, lengths, reset, reset_state)
+            given_input = x if packed else input
+            lengths, reset, reset_states = self._options(given_input, packed, lengths, reset, reset_state)
             per_layer = len(weights) // self.num_layers
             op.check(self._arguments(0, x, states, weights[:per_layer], sizes, lengths, reset, reset_states))
 
@@ -85,10 +91,12 @@ class _Layers(torch.nn.RNNBase):
         if compute != wanted:
             y, finals, cells = cast(y, wanted), cast(finals, wanted), cast(cells, wanted)
 
-        sequences = [y] if cells is None else [y, cells]
+        sequences: list[Any] = [y] if cells is None else [y, cells]
         if packed:
             finals = reordered(finals, input.unsorted_indices)
-            sequences = [input._replace(data=t) for t in sequences]
+            sequences = [
+                PackedSequence(t, input.batch_sizes, input.sorted_indices, input.unsorted_indices) for t in sequences
+            ]
         elif not batched:
             sequences, finals = [t.squeeze(1) for t in sequences], [s.squeeze(1) for s in finals]
         elif self.batch_first:
@@ -157,31 +165,48 @@ class _Layers(torch.nn.RNNBase):
         return list(hx) if self.op.has_cell else [hx, None]
 
     def _options(
-        self, batched: bool, lengths: Any, reset: Any, reset_state: Any
+        self, input: Tensor, packed: bool, lengths: Any, reset: Any, reset_state: Any
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-        """The options as the op wants them."""
+        """The options as the op wants them, checked against the input as the caller sees it."""
         for option, value in (("lengths", lengths), ("reset", reset)):
-            if value is not None and not isinstance(value, Tensor):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
                 raise TypeError(f"{option} must be a torch.Tensor, got {type(value).__name__}")
+            if packed:
+                raise ValueError(f"{option} cannot be given with packed input")
+        if reset is None and reset_state is not None:
+            raise ValueError("reset_state is what a state is reset to: it needs reset")
+        batched = input.dim() == 3
+        batch = (input.shape[0 if self.batch_first else 1],) if batched and not packed else ()
         if lengths is not None:
-            if lengths.is_floating_point() or lengths.dtype == torch.bool:
+            if lengths.dtype not in _INTEGERS:
                 raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-            lengths = lengths.to("cpu", torch.int64)
-        if reset_state is not None:
-            if reset is None:
-                raise ValueError("reset_state is what a state is reset to: it needs reset")
-            if self.op.has_cell and not (isinstance(reset_state, (tuple, list)) and len(reset_state) == 2):
-                raise TypeError(f"reset_state must be a pair (h, c), got {type(reset_state).__name__}")
+            if lengths.shape != batch:
+                raise ValueError(f"lengths must be {list(batch)}, one for each row, got {list(lengths.shape)}")
+            lengths = lengths.to("cpu", torch.int64).reshape(-1)
+        if reset is not None:
+            expected = input.shape[:-1]
+            if reset.shape != expected or reset.dtype != torch.bool or reset.device != input.device:
+                got = f"{reset.dtype} {list(reset.shape)} on {reset.device}"
+                raise ValueError(f"reset must be torch.bool {list(expected)} on {input.device} like input, got {got}")
+            reset = reset.unsqueeze(-1) if not batched else reset.transpose(0, 1) if self.batch_first else reset
+        is_pair = isinstance(reset_state, (tuple, list)) and len(reset_state) == 2
+        if self.op.has_cell and reset_state is not None and not is_pair:
+            raise TypeError(f"reset_state must be a pair (h, c), got {type(reset_state).__name__}")
         anew = self._states(reset_state)
-        for value in anew:
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"reset_state must hold torch.Tensors, got {type(value).__name__}")
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        for state, width in zip(anew, (self.proj_size or self.hidden_size, self.hidden_size), strict=True):
+            if state is None:
+                continue
+            if not isinstance(state, Tensor):
+                raise TypeError(f"reset_state must hold torch.Tensors, got {type(state).__name__}")
+            if state.shape != (rows, *batch, width) or state.dtype != input.dtype or state.device != input.device:
+                want = f"{input.dtype} {[rows, *batch, width]} on {input.device}"
+                got = f"{state.dtype} {list(state.shape)} on {state.device}"
+                raise ValueError(f"reset_state must be {want} like hx, got {got}")
         if not batched:
-            lengths = None if lengths is None else lengths.reshape(-1)
-            reset = None if reset is None else reset.unsqueeze(-1)
             anew = [None if s is None else s.unsqueeze(1) for s in anew]
-        elif self.batch_first and reset is not None:
-            reset = reset.transpose(0, 1)
         return lengths, reset, anew
 
     def _is_sound(self, x: Tensor, sizes: Tensor | None, hx: Any, weights: list[Any], autocast: bool) -> bool:

@@ -29,7 +29,8 @@ class Arguments(NamedTuple):
             They have x's dtype; where no graph is recorded they may all be bfloat16 or float16 beside a float32 x.
         bidirectional: whether there are two directions, D.
         batch_sizes: [T] int64 on the CPU, as in `torch.nn.utils.rnn.PackedSequence`: how many rows run at each step.
-        lengths: [B] int64 on the CPU, how many steps each row has; what is past them is not read.
+        lengths: [B] int64 on the CPU, how many steps each row has; what is past them is not read, and y and cells are
+            0 there.
         reset: [T, B] bool, where the state starts anew before that step.
         reset_h: [D, B, P] what it starts from, or None for zeros.
         reset_c: [D, B, H], likewise.
@@ -225,7 +226,7 @@ class Recurrent:
     def __call__(self, arguments: Arguments, save_cells: bool = False) -> Outputs:
         """The layer, for arguments that have been checked; `cells` among the outputs if they are asked for."""
         x, h0, c0, weights, _, _, _, _, reset_h, reset_c = arguments
-        if is_plain(x, h0, c0, *weights):
+        if is_plain(x, h0, c0, reset_h, reset_c, *weights):
             if needs_graph(x, h0, c0, reset_h, reset_c, *weights):
                 return Outputs(*_Function.apply(self, *arguments[:3], *arguments[4:], *weights))
             return Outputs(*self._forward(*arguments.saving(False, save_cells)))
@@ -249,6 +250,10 @@ class Recurrent:
         projected = count % 2 == 1
         P = weights[1].shape[-1]
         H = weights[count - 1].shape[-1] if projected else P
+        if projected and P == H:
+            self._fail(f"a projection must change the size: w_hr is square, [{P}, {H}]")
+        if I == 0:
+            self._fail("x must have at least one feature, got I=0")
         G = self.gates * H
         expected: list[tuple[int, ...]] = [(G, I), (G, P), (G,), (G,)][: count - projected]
         expected += [(P, H)] * projected
@@ -260,7 +265,10 @@ class Recurrent:
         if batch_sizes is not None:
             if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
                 self._fail("batch_sizes must be int64 [T] on the CPU")
-            T, B = len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
+            sizes = batch_sizes.tolist()
+            T, B = len(sizes), sizes[0] if sizes else 0
+            if sizes != sorted(sizes, reverse=True) or (sizes and sizes[-1] <= 0) or sum(sizes) != len(x):
+                self._fail(f"batch_sizes must be positive, not rise, and add up to x's {len(x)} rows, got {sizes}")
         else:
             T, B = x.shape[:2]
         if T == 0:
@@ -275,7 +283,8 @@ class Recurrent:
             if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.device.type != "cpu":
                 got = f"{lengths.dtype} {list(lengths.shape)} on {lengths.device}"
                 self._fail(f"lengths must be int64 [{B}] on the CPU, got {got}")
-            if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+            compiling = torch.compiler.is_compiling()  # then the kernel checks it
+            if not compiling and B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
                 self._fail(f"lengths must be between 0 and T={T}, got {int(lengths.min())} to {int(lengths.max())}")
         if reset is not None and (reset.shape != (T, B) or reset.dtype != torch.bool or reset.device != x.device):
             got = f"{reset.dtype} {list(reset.shape)} on {reset.device}"
@@ -310,7 +319,7 @@ class Recurrent:
             expected = Outputs(*self.reference.forward(*wide.saving(True)))
             places = running(arguments)
             for name, got, want in zip(Outputs._fields, outputs, expected, strict=True):
-                if name in ("gates", "cells") and places is not None and got.numel():
+                if name == "gates" and places is not None and got.numel():
                     got, want = got[:, places], want[:, places]  # nobody reads the tape past a row's end
                 torch.testing.assert_close(got, want.to(dtype))
             wide_grads = grads_like(expected)
@@ -383,7 +392,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, x, h0, c0, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c, *weights):  # type: ignore[no-untyped-def]
         arguments = Arguments(x, h0, c0, weights, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c)
-        ctx.plain = is_plain(x, h0, c0, *weights)
+        ctx.plain = is_plain(x, h0, c0, reset_h, reset_c, *weights)
         compute = op._forward if ctx.plain else op._op
         with below_autograd():
             outputs = Outputs(*compute(*arguments.saving(True)))
@@ -410,10 +419,14 @@ class _Function(torch.autograd.Function):
         # Only the reference has a graph to give, or takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(*(g for g in grads if g is not None)):
             with torch.enable_grad():
+                # Of their own, since one input may depend on another, whose share must not be counted twice.
+                inputs: list[Any] = [None if t is None else t.view_as(t) for t in (x, h0, c0, *options[3:], *weights)]
+                x, h0, c0, reset_h, reset_c, *weights = inputs
+                arguments = arguments._replace(x=x, h0=h0, c0=c0, weights=weights, reset_h=reset_h, reset_c=reset_c)
                 outputs = ctx.op.reference.forward(*arguments.saving(False, True))
                 given = [(o, g) for o, g in zip((*outputs[:3], outputs[4]), grads, strict=True) if g is not None]
                 outputs, given_grads = zip(*given, strict=True)
-                found = grads_or_none(outputs, [x, h0, c0, *options[3:], *weights], needs, given_grads)
+                found = grads_or_none(outputs, inputs, needs, given_grads)
         else:
             if ctx.plain and ctx.version_of_y._version != ctx.version:
                 y = ctx.op._forward(*arguments.saving(False))[0]

@@ -67,7 +67,11 @@ class Layer:
 
 def _padded(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None) -> Layer:
     if batch_sizes is None:
-        return Layer(x, None if lengths is None else lengths.to(x.device), None)
+        if lengths is None:
+            return Layer(x, None, None)
+        lengths = lengths.to(x.device)
+        runs = (lengths > torch.arange(len(x), device=x.device).unsqueeze(-1)).unsqueeze(-1)
+        return Layer(torch.where(runs, x, torch.zeros_like(x)), lengths, None)
     sizes = batch_sizes.tolist()
     places = torch.cat([torch.arange(n) + t * sizes[0] for t, n in enumerate(sizes)]).to(x.device)
     lengths = (batch_sizes.unsqueeze(-1) > torch.arange(sizes[0])).sum(0).to(x.device)
@@ -145,7 +149,8 @@ def forward(
             if w_hr is not None:
                 after = (torch.nn.functional.linear(after[0], w_hr), *after[1:])
             y_d[t] = after[0] if runs is None else torch.where(runs, after[0], zeros)
-            gates_d[t], cells_d[t] = torch.cat(tape, -1) if save_tape and tape else zeros, after[-1]
+            gates_d[t] = torch.cat(tape, -1) if save_tape and tape else zeros
+            cells_d[t] = after[-1] if runs is None else torch.where(runs, after[-1], torch.zeros_like(after[-1]))
             state = _where(runs, after, state)
         outputs.append(torch.stack(y_d))
         finals.append(state)

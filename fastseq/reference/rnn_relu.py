@@ -1,6 +1,6 @@
 r"""The layer of Elman's RNN with ReLU, as `torch.nn.RNN` defines it with nonlinearity="relu".
 
-    h_t = max(0, W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        da_t = dh_t where h_t > 0, else 0
+    h_t = max(0, W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        da_t = 0 where h_t <= 0, else dh_t
 
 There is no tape beside y. `fastseq.reference.recurrent` has what surrounds a step.
 """
@@ -23,7 +23,7 @@ class RnnRelu:
 
     @staticmethod
     def step_back(grads: State, tape: list[Tensor], before: State, after: State) -> tuple[Tensor, Tensor, State]:
-        da = torch.where(after[0] > 0, grads[0], torch.zeros_like(grads[0]))
+        da = torch.where(after[0] <= 0, torch.zeros_like(grads[0]), grads[0])
         return da, da, (torch.zeros_like(da),)
 
 
