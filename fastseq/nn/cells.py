@@ -21,6 +21,7 @@ from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import Arguments, Recurrent
 from fastseq.ops.rnn import RNN_RELU, RNN_TANH
+from fastseq.registry import FLOATS
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _NO_STATES = (None, None)
@@ -51,6 +52,8 @@ class _Cell(torch.nn.RNNCellBase):
         if not isinstance(x, Tensor):
             return torch_forward(torchs_forward, type(self).__name__, None, x, hx)
         low = autocast_dtype(x)
+        if low is None and x.dtype in FLOATS and self._is_small(x) and requested() is None:
+            return torchs_forward(x, hx)
         parameters = self._parameters
         names = _WEIGHTS if self.bias else _WEIGHTS[:2]
         weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in names]
@@ -62,13 +65,10 @@ class _Cell(torch.nn.RNNCellBase):
 
         wanted = given if low is None else low if self._autocast_lowers else torch.float32
         compute = torch.float32 if low is not None else computes_in(given)
-        recording = needs_graph(x, *states, *weights)
         if compute != given or low is not None:
             x, states = cast(x, compute), cast(states, compute)
-            if recording:  # without a graph, the op reads them as they are
+            if needs_graph(x, *states, *weights):  # without one, the op reads them as they are
                 weights = cast(weights, compute)
-        elif self._is_small(x, recording) and requested() is None:
-            return torchs_forward(x, hx)
         rows = 1 if x.dim() == 2 else 2  # T, or T and B
         h, c = states
         for _ in range(rows):
@@ -80,14 +80,14 @@ class _Cell(torch.nn.RNNCellBase):
             finals = cast(finals, wanted)
         return finals if op.has_cell else finals[0]
 
-    def _is_small(self, x: Tensor, recording: bool) -> bool:
+    def _is_small(self, x: Tensor) -> bool:
         """Whether torch is ahead: its cells are C++ from the first line; ours starts to pay where weights are large.
 
         Measured with two threads on Zen 3. Beyond one row torch's matrix products are as good, and record less.
         """
         of_a_row = self.op.gates * self.hidden_size * (self.input_size + self.hidden_size)
-        rows = 1 if x.dim() == 1 else x.shape[0]
-        if recording or self.op.gates == 1:
+        rows = x.shape[0] if x.dim() == 2 else 1
+        if torch.is_grad_enabled() or self.op.gates == 1:
             return rows > 1 or of_a_row < self._least_work
         return rows * of_a_row < self._least_work
 
