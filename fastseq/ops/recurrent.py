@@ -276,16 +276,17 @@ class Recurrent:
         for name, state, width in (("h0", h0, P), ("c0", c0, H), ("reset_h", reset_h, P), ("reset_c", reset_c, H)):
             if state is not None:
                 self._check_tensor(name, state, (D, B, width), x)
-        for name, given in (("lengths", lengths), ("reset", reset)):
-            if given is not None and batch_sizes is not None:
+        for name, option in (("lengths", lengths), ("reset", reset)):
+            if option is not None and batch_sizes is not None:
                 self._fail(f"{name} cannot be given with packed input")
         if lengths is not None:
             if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.device.type != "cpu":
                 got = f"{lengths.dtype} {list(lengths.shape)} on {lengths.device}"
                 self._fail(f"lengths must be int64 [{B}] on the CPU, got {got}")
-            compiling = torch.compiler.is_compiling()  # then the kernel checks it
-            if not compiling and B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
-                self._fail(f"lengths must be between 0 and T={T}, got {int(lengths.min())} to {int(lengths.max())}")
+            if not torch.compiler.is_compiling() and B:  # when compiled, the kernel checks it
+                given = lengths.tolist()
+                if min(given) < 0 or max(given) > T:
+                    self._fail(f"lengths must be between 0 and T={T}, got {min(given)} to {max(given)}")
         if reset is not None and (reset.shape != (T, B) or reset.dtype != torch.bool or reset.device != x.device):
             got = f"{reset.dtype} {list(reset.shape)} on {reset.device}"
             self._fail(f"reset must be torch.bool {[T, B]} on {x.device} like x, got {got}")
