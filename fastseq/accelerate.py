@@ -9,7 +9,7 @@ from torch import nn
 
 import fastseq.nn
 from fastseq.dynamo import allow_rnn
-from fastseq.nn.serving import computes_in
+from fastseq.nn.serving import Served, computes_in
 from fastseq.registry import BackendError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -125,7 +125,7 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
         return "torch", "not accelerated; fastseq.accelerate(model) changes that"
     if not isinstance(module, _DROP_INS[base]):
         return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
-    assert isinstance(module, (fastseq.nn.rnn._Layers, fastseq.nn.cells._Cell))
+    assert isinstance(module, Served)
     weight = next(module.parameters())
     op, device, dtype = module.op.table, weight.device.type, computes_in(weight.dtype)
     try:

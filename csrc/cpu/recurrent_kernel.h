@@ -542,8 +542,7 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
   };
 
   // da holds a gradient for every slot; W_ih stands opposite the first kGates*H columns, W_hh opposite the last ones.
-  static constexpr int64_t kDa = Cell::kSlots;
-  int64_t G = Cell::kGates * H, da_width = kDa * H, hidden_from = (kDa - Cell::kGates) * H;
+  int64_t G = Cell::kGates * H, da_width = Cell::kSlots * H, hidden_from = (Cell::kSlots - Cell::kGates) * H;
   Columns<T> hidden{P}, units{H}, input{I};
   int64_t width = padded_to_panels<T>(P), cell_width = padded_to_panels<T>(H);
   bool unpacked, state_wanted;  // weights are read where they are; somebody asks for dh0
@@ -610,19 +609,18 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
     for (int64_t end = T_; end > 0; end -= (end - 1) % chunk + 1) {
       const Chunk c{(end - 1) / chunk * chunk, end};
       for (int64_t s = c.end - 1; s >= c.begin; --s) {
+        const auto each_direction = [&](const auto& stage) {
+          for (int64_t d = side.direction; d < side.direction_end; ++d) stage(d, Share(side, active(step(d, s))));
+        };
         if (P != H) {
-          for (int64_t d = side.direction; d < side.direction_end; ++d)
-            gather_dh(d, c, s, Share(side, active(step(d, s))));
+          each_direction([&](int64_t d, const Share& my) { gather_dh(d, c, s, my); });
           if (in_step) wait();
-          for (int64_t d = side.direction; d < side.direction_end; ++d)
-            unproject(d, c, s, Share(side, active(step(d, s))));
+          each_direction([&](int64_t d, const Share& my) { unproject(d, c, s, my); });
         }
-        for (int64_t d = side.direction; d < side.direction_end; ++d)
-          gates_backward(d, c, s, Share(side, active(step(d, s))));
+        each_direction([&](int64_t d, const Share& my) { gates_backward(d, c, s, my); });
         if (in_step) wait();
         if (s == 0 && !state_wanted) break;
-        for (int64_t d = side.direction; d < side.direction_end; ++d)
-          state_backward(d, c, s, Share(side, active(step(d, s))));
+        each_direction([&](int64_t d, const Share& my) { state_backward(d, c, s, my); });
         if (in_step && ragged) wait();  // the next step's rows are somebody else's
       }
       team.barrier(rank, 0, members);

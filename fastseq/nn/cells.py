@@ -6,16 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.serving import (
-    are_sound,
-    as_torchs,
-    autocast_dtype,
-    cast,
-    computes_in,
-    requested,
-    torch_forward,
-    why_torch,
-)
+from fastseq.nn.serving import Served, are_sound, autocast_dtype, cast, requested, torch_forward, why_torch
 from fastseq.ops.contract import needs_graph
 from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
@@ -27,23 +18,13 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _NO_STATES = (None, None)
 
 
-class _Cell(torch.nn.RNNCellBase):
+class _Cell(Served, torch.nn.RNNCellBase):
     """What the three cells share."""
 
-    # Whether autocast gives its low precision back, as in torch, or float32.
     _autocast_lowers = False
     # Multiply-adds from which on a step is ours.
     _least_work = 2**18
     note = "small steps go to torch, which is ahead there"
-
-    @property
-    def op(self) -> Recurrent:
-        """The op that serves this cell."""
-        raise NotImplementedError
-
-    def why_torch(self) -> str | None:
-        """Why this cell takes torch's path whatever its input, or None."""
-        return why_torch(self.op, self.weight_ih.device.type, self.weight_ih.dtype)
 
     def _run(self, torchs_forward: Callable[..., Any], x: Any, hx: Any) -> Any:
         """The next state: h or (h, c), [B, H] or [H]."""
@@ -54,17 +35,14 @@ class _Cell(torch.nn.RNNCellBase):
         low = autocast_dtype(x)
         if low is None and x.dtype in FLOATS and self._is_small(x) and requested() is None:
             return torchs_forward(x, hx)
-        parameters = self._parameters
-        names = _WEIGHTS if self.bias else _WEIGHTS[:2]
-        weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in names]
+        weights = self._weights(_WEIGHTS if self.bias else _WEIGHTS[:2])
         given = x.dtype
         reason = why_torch(op, x.device.type, given)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
         if reason is not None or not self._is_sound(x, states, weights, low is not None):
             return torch_forward(torchs_forward, type(self).__name__, reason, x, hx)
 
-        wanted = given if low is None else low if self._autocast_lowers else torch.float32
-        compute = torch.float32 if low is not None else computes_in(given)
+        compute, wanted = self._dtypes(given, low)
         if compute != given or low is not None:
             x, states = cast(x, compute), cast(states, compute)
             if needs_graph(x, *states, *weights):  # without one, the op reads them as they are
@@ -90,10 +68,6 @@ class _Cell(torch.nn.RNNCellBase):
         if torch.is_grad_enabled() or self.op.gates == 1:
             return rows > 1 or of_a_row < self._least_work
         return rows * of_a_row < self._least_work
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What torch.jit.script compiles in place of this module: torch's own, with the same parameters."""
-        return as_torchs(self)
 
     def _is_sound(self, x: Tensor, states: Any, weights: list[Any], autocast: bool) -> bool:
         """Whether the arguments are as torch's checks and the op want them."""

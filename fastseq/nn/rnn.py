@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.nn.serving import are_sound, as_torchs, autocast_dtype, cast, computes_in, torch_forward, why_torch
+from fastseq.nn.serving import Served, are_sound, autocast_dtype, cast, torch_forward, why_torch
 from fastseq.ops.contract import needs_graph
 from fastseq.ops.gru import GRU as GRU_OP
 from fastseq.ops.lstm import LSTM as LSTM_OP
@@ -17,22 +17,8 @@ from fastseq.ops.rnn import RNN_RELU, RNN_TANH
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-class _Layers(torch.nn.RNNBase):
+class _Layers(Served, torch.nn.RNNBase):
     """What the three modules share: torch's contract around calls of an op, layer by layer."""
-
-    # Whether autocast gives its low precision back, as in torch, or float32.
-    _autocast_lowers = True
-    note = ""
-
-    @property
-    def op(self) -> Recurrent:
-        """The op that serves this module."""
-        raise NotImplementedError
-
-    def why_torch(self) -> str | None:
-        """Why this layer takes torch's path whatever its input, or None."""
-        weight = getattr(self, self._flat_weights_names[0])
-        return why_torch(self.op, weight.device.type, weight.dtype)
 
     def _run(
         self,
@@ -51,8 +37,7 @@ class _Layers(torch.nn.RNNBase):
         if not isinstance(x, Tensor):
             return torch_forward(torchs_forward, name, None, input, hx)
         low = autocast_dtype(x)
-        parameters = self._parameters
-        weights: Any = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
+        weights = self._weights(self._flat_weights_names)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
         sizes = input.batch_sizes if packed else None
         sound = self._is_sound(x, sizes, hx, weights, low is not None)
@@ -81,8 +66,7 @@ class _Layers(torch.nn.RNNBase):
             op.check(self._arguments(0, x, states, weights[:per_layer], sizes, lengths, reset, reset_states))
 
         given = x.dtype
-        wanted = given if low is None else low if self._autocast_lowers else torch.float32
-        compute = torch.float32 if low is not None else computes_in(given)
+        compute, wanted = self._dtypes(given, low)
         if compute != given or low is not None:
             x, states, reset_states = (cast(t, compute) for t in (x, states, reset_states))
             if needs_graph(x, *states, *reset_states, *weights):  # without one, the op reads them as they are
@@ -102,10 +86,6 @@ class _Layers(torch.nn.RNNBase):
         elif self.batch_first:
             sequences = [t.transpose(0, 1) for t in sequences]
         return sequences[0], tuple(finals) if op.has_cell else finals[0], *sequences[1:]
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What torch.jit.script compiles in place of this module: torch's own, with the same parameters."""
-        return as_torchs(self)
 
     def _layers(
         self,

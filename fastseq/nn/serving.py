@@ -1,5 +1,6 @@
 """Whether fastseq's ops serve a recurrent module's call, and in which dtype they compute it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,9 +79,37 @@ def cast(tensors: Any, dtype: torch.dtype) -> Any:
     return None if tensors is None else tensors.to(dtype)
 
 
-def as_torchs(module: torch.nn.Module) -> torch.nn.Module:
-    """A module of torch's class that shares everything with this one of ours."""
-    theirs = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules."))
-    twin: torch.nn.Module = object.__new__(theirs)
-    twin.__dict__ = module.__dict__
-    return twin
+class Served(torch.nn.Module):
+    """What fastseq's recurrent layers and cells share, whichever class of torch's they extend."""
+
+    # Whether autocast gives its low precision back, as in torch, or float32.
+    _autocast_lowers = True
+    note = ""  # for `explain`
+
+    @property
+    def op(self) -> Recurrent:
+        """The op that serves this module."""
+        raise NotImplementedError  # each module names its own
+
+    def why_torch(self) -> str | None:
+        """Why this module takes torch's path whatever its input, or None."""
+        weight = next(self.parameters())
+        return why_torch(self.op, weight.device.type, weight.dtype)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script compiles in place of this module: torch's own, which shares everything with it."""
+        theirs = next(base for base in type(self).__mro__ if base.__module__.startswith("torch.nn.modules."))
+        twin: torch.nn.Module = object.__new__(theirs)
+        twin.__dict__ = self.__dict__
+        return twin
+
+    def _weights(self, names: Iterable[str]) -> list[Any]:
+        """The weights by name, wherever parametrizations, pruning or DataParallel have put them."""
+        parameters = self._parameters
+        return [parameters[n] if n in parameters else getattr(self, n) for n in names]
+
+    def _dtypes(self, given: torch.dtype, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+        """What a call on an input of dtype `given`, under autocast to `low` if any, computes in and returns."""
+        if low is None:
+            return computes_in(given), given
+        return torch.float32, low if self._autocast_lowers else torch.float32

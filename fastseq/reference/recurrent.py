@@ -80,6 +80,11 @@ def _padded(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None) -> La
     return layer
 
 
+def _sizes(cell: Cell, weights: list[Tensor], bidirectional: bool) -> tuple[int, int, int]:
+    """D, H and P."""
+    return 2 if bidirectional else 1, weights[0].shape[0] // cell.gates, weights[1].shape[1]
+
+
 def _split_weights(weights: list[Tensor], directions: int) -> list[tuple[list[Tensor], Tensor | None]]:
     """For each direction [w_ih, w_hh, *biases] and w_hr."""
     count = len(weights) // directions
@@ -127,9 +132,7 @@ def forward(
     weights = [w.to(x.dtype) for w in weights]
     layer = _padded(x, batch_sizes, lengths)
     T, B = layer.shape
-    D = 2 if bidirectional else 1
-    H = weights[0].shape[0] // cell.gates
-    P = weights[1].shape[1]
+    D, H, P = _sizes(cell, weights, bidirectional)
     initial = _states(cell, x, (h0, c0), (D, B), (P, H))
     anew = _states(cell, x, (reset_h, reset_c), (D, B), (P, H))
 
@@ -194,9 +197,7 @@ def backward(
     """
     layer = _padded(x, batch_sizes, lengths)
     T, B = layer.shape
-    D = 2 if bidirectional else 1
-    H = weights[0].shape[0] // cell.gates
-    P = weights[1].shape[1]
+    D, H, P = _sizes(cell, weights, bidirectional)
     initial = _states(cell, x, (h0, c0), (D, B), (P, H))
     anew = _states(cell, x, (reset_h, reset_c), (D, B), (P, H))
     final_grads = _states(cell, x, (dh_n, dc_n), (D, B), (P, H))
