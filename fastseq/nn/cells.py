@@ -22,20 +22,22 @@ class _Cell(Served, torch.nn.RNNCellBase):
     """What the three cells share."""
 
     _autocast_lowers = False
-    # Multiply-adds from which on a step is ours.
-    _least_work = 2**18
+    # Multiply-adds from which on a step is ours, without and with a graph to record.
+    _least_work = (2**16, 2**18)
     note = "small steps go to torch, which is ahead there"
 
     def _run(self, torchs_forward: Callable[..., Any], x: Any, hx: Any) -> Any:
         """The next state: h or (h, c), [B, H] or [H]."""
         op = self.op
-        states = _NO_STATES if hx is None else hx if op.has_cell else (hx, None)
         if not isinstance(x, Tensor):
             return torch_forward(torchs_forward, type(self).__name__, None, x, hx)
         low = autocast_dtype(x)
         if low is None and x.dtype in FLOATS and self._is_small(x) and requested() is None:
             return torchs_forward(x, hx)
         weights = self._weights(_WEIGHTS if self.bias else _WEIGHTS[:2])
+        if not torch.compiler.is_compiling() and (result := self._at_once(op, x, hx, weights)) is not None:
+            return result
+        states = _NO_STATES if hx is None else hx if op.has_cell else (hx, None)
         given = x.dtype
         reason = why_torch(op, x.device.type, given)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
@@ -58,6 +60,20 @@ class _Cell(Served, torch.nn.RNNCellBase):
             finals = cast(finals, wanted)
         return finals if op.has_cell else finals[0]
 
+    def _at_once(self, op: Recurrent, x: Tensor, hx: Any, weights: list[Any]) -> Any:
+        """The result of a plain call, straight from the kernel; None for any other call."""
+        state = self._split(hx)
+        if state is None or x.dim() != 2 or x.shape[1] != self.input_size:
+            return None
+        h, c = state
+        if (h is not None and type(h) is not Tensor) or (c is not None and type(c) is not Tensor):
+            return None
+        arguments = Arguments(x[None], h if h is None else h[None], c if c is None else c[None], weights)
+        outputs = op.at_once(arguments)
+        if outputs is None:
+            return None
+        return (outputs[1][0], outputs[2][0]) if op.has_cell else outputs[1][0]
+
     def _is_small(self, x: Tensor) -> bool:
         """Whether torch is ahead: its cells are C++ from the first line; ours starts to pay where weights are large.
 
@@ -65,9 +81,10 @@ class _Cell(Served, torch.nn.RNNCellBase):
         """
         of_a_row = self.op.gates * self.hidden_size * (self.input_size + self.hidden_size)
         rows = x.shape[0] if x.dim() == 2 else 1
-        if torch.is_grad_enabled() or self.op.gates == 1:
-            return rows > 1 or of_a_row < self._least_work
-        return rows * of_a_row < self._least_work
+        records = torch.is_grad_enabled()
+        if rows > 1 and (records or self.op.gates == 1):
+            return True
+        return rows * of_a_row < self._least_work[records]
 
     def _is_sound(self, x: Tensor, states: Any, weights: list[Any], autocast: bool) -> bool:
         """Whether the arguments are as torch's checks and the op want them."""
@@ -117,7 +134,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     """Drop-in for `torch.nn.RNNCell`: the same arguments, parameters, results and errors, one fused call."""
 
     _autocast_lowers = True
-    _least_work = 2**20
+    _least_work = (2**19, 2**20)
 
     @property
     def op(self) -> Recurrent:

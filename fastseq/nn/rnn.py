@@ -32,6 +32,10 @@ class _Layers(Served, torch.nn.RNNBase):
     ) -> Any:
         op, name = self.op, type(self).__name__
         options = not (lengths is None and reset is None and reset_state is None) or return_cell_sequence
+        if self.num_layers == 1 and not torch.compiler.is_compiling():
+            result = self._at_once(op, input, hx, lengths, reset, reset_state, return_cell_sequence)
+            if result is not None:
+                return result
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         if not isinstance(x, Tensor):
@@ -87,6 +91,29 @@ class _Layers(Served, torch.nn.RNNBase):
             sequences = [t.transpose(0, 1) for t in sequences]
         return sequences[0], tuple(finals) if op.has_cell else finals[0], *sequences[1:]
 
+    def _at_once(
+        self, op: Recurrent, x: Any, hx: Any, lengths: Any, reset: Any, reset_state: Any, want_cells: bool
+    ) -> Any:
+        """The result of a plain call of one layer, straight from the kernel; None for any other call."""
+        if type(x) is not Tensor or x.dim() != 3 or x.shape[2] != self.input_size:
+            return None
+        state, anew = self._split(hx), self._split(reset_state)
+        if state is None or anew is None or (reset is None and reset_state is not None):
+            return None
+        if self.batch_first:
+            x = x.transpose(0, 1)
+            reset = reset if reset is None else reset.transpose(0, 1)
+        weights = self._weights(self._flat_weights_names)
+        arguments = Arguments(x, *state, weights, self.bidirectional, None, lengths, reset, *anew)
+        outputs = op.at_once(arguments, want_cells)
+        if outputs is None:
+            return None
+        y, h_n, c_n, _, cells = outputs
+        sequences = [y, cells_like(y, cells)] if want_cells else [y]
+        if self.batch_first:
+            sequences = [t.transpose(0, 1) for t in sequences]
+        return sequences[0], (h_n, c_n) if op.has_cell else h_n, *sequences[1:]
+
     def _layers(
         self,
         x: Tensor,
@@ -111,10 +138,7 @@ class _Layers(Served, torch.nn.RNNBase):
             if self.dropout > 0 and self.training and not last:
                 x = torch.dropout(x, self.dropout, True)
         kept = finals[0] if L == 1 else [torch.cat([final[k] for final in finals]) for k in range(1 + op.has_cell)]
-        cells_of_steps = None
-        if want_cells:  # from [D, N, H]
-            cells_of_steps = cells.transpose(0, 1).reshape(*x.shape[:-1], -1)
-        return x, list(kept[: 1 + op.has_cell]), cells_of_steps
+        return x, list(kept[: 1 + op.has_cell]), cells_like(x, cells) if want_cells else None
 
     def _arguments(
         self,
@@ -218,6 +242,11 @@ class _Layers(Served, torch.nn.RNNBase):
             for s, width in zip(self._states(hx), widths, strict=True)
             if s is not None or self.op.has_cell
         )
+
+
+def cells_like(y: Tensor, cells: Tensor) -> Tensor:
+    """The op's cells [D, N, H] as [T, B, D*H] or [N, D*H], like y."""
+    return cells.transpose(0, 1).reshape(*y.shape[:-1], -1)
 
 
 def reordered(states: Any, order: Tensor | None) -> Any:

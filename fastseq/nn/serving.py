@@ -108,6 +108,16 @@ class Served(torch.nn.Module):
         parameters = self._parameters
         return [parameters[n] if n in parameters else getattr(self, n) for n in names]
 
+    def _split(self, state: Any) -> tuple[Any, Any] | None:
+        """h and c of a state as users give it, or None if it is not one."""
+        if state is None:
+            return None, None
+        if not self.op.has_cell:
+            return state, None
+        if type(state) is not tuple or len(state) != 2 or state[0] is None or state[1] is None:
+            return None
+        return state
+
     def _dtypes(self, given: torch.dtype, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
         """What a call on an input of dtype `given`, under autocast to `low` if any, computes in and returns."""
         if low is None:

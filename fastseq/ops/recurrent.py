@@ -228,11 +228,38 @@ class Recurrent:
         x, h0, c0, weights, _, _, _, _, reset_h, reset_c = arguments
         if is_plain(x, h0, c0, reset_h, reset_c, *weights):
             if needs_graph(x, h0, c0, reset_h, reset_c, *weights):
-                return Outputs(*_Function.apply(self, *arguments[:3], *arguments[4:], *weights))
+                return Outputs(*_Function.apply(self, True, *arguments[:3], *arguments[4:], *weights))
             return Outputs(*self._forward(*arguments.saving(False, save_cells)))
         if is_transformed():
             return Outputs(*self.reference.forward(*arguments.saving(False, save_cells)))
         return Outputs(*self._op(*arguments.saving(False, save_cells)))
+
+    def at_once(self, arguments: Arguments, save_cells: bool = False) -> tuple[Tensor, ...] | None:
+        """The `Outputs` of unchecked arguments from a kernel that checks them itself, if the call is as plain as most.
+
+        None for any other call (autocast, a mode, ...) and for one that the kernel refuses: the way round knows what to
+        do or to say. At one step a call, that way would take longer than the kernel.
+        """
+        x, h0, c0, weights, _, _, lengths, reset, reset_h, reset_c = arguments
+        if (
+            not is_plain(x, h0, c0, lengths, reset, reset_h, reset_c, *weights)
+            or torch._C._is_any_autocast_enabled()
+            or x.dtype not in FLOATS
+            or weights[0].dtype != x.dtype
+        ):
+            return None
+        impl = self.table.candidates(x.device.type, x.dtype)[0]
+        if not impl.is_native:
+            return None
+        outputs: tuple[Tensor, ...]
+        try:
+            if needs_graph(x, h0, c0, reset_h, reset_c, *weights):
+                outputs = _Function.apply(self, True, *arguments[:3], *arguments[4:], *weights)
+            else:
+                outputs = impl.kernel.forward(*arguments.saving(False, save_cells))
+        except RuntimeError:
+            return None
+        return outputs
 
     def check(self, arguments: Arguments) -> None:
         """Raises ValueError with the argument's name where a shape or a dtype is not as in `Arguments`."""
@@ -384,22 +411,21 @@ class Recurrent:
     def _autograd(self, *args):  # type: ignore[no-untyped-def]
         x, h0, c0, weights, bidirectional, _, _, *rest = args
         if needs_graph(x, h0, c0, *rest[-2:], *weights):
-            return _Function.apply(self, x, h0, c0, bidirectional, *rest, *weights)
+            return _Function.apply(self, False, x, h0, c0, bidirectional, *rest, *weights)
         with below_autograd():
             return self._op(*args)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, x, h0, c0, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, op, plain, x, h0, c0, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c, *weights):  # type: ignore[no-untyped-def]
         arguments = Arguments(x, h0, c0, weights, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c)
-        ctx.plain = is_plain(x, h0, c0, reset_h, reset_c, *weights)
-        compute = op._forward if ctx.plain else op._op
+        compute = op._forward if plain else op._op
         with below_autograd():
             outputs = Outputs(*compute(*arguments.saving(True)))
-        ctx.op, ctx.bidirectional = op, bidirectional
+        ctx.op, ctx.plain, ctx.bidirectional = op, plain, bidirectional
         y = outputs.y
-        if ctx.plain:
+        if plain:
             # Backward needs y, which the caller may change in place, as after torch's modules. So it is saved without
             # its version, and this remembers that version without holding y.
             ctx.version_of_y = y.detach()
@@ -415,7 +441,7 @@ class _Function(torch.autograd.Function):
         x, h0, c0, *rest = ctx.saved_tensors
         options, (y, gates, cells), weights = rest[:5], rest[5:8], rest[8:]
         arguments = Arguments(x, h0, c0, weights, ctx.bidirectional, *options)
-        needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[8:]]  # x, h0, c0, reset_h, reset_c, *weights
+        needs = [*ctx.needs_input_grad[2:5], *ctx.needs_input_grad[9:]]  # x, h0, c0, reset_h, reset_c, *weights
         grads = (dy, dh_n, dc_n, dcells)
         # Only the reference has a graph to give, or takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(*(g for g in grads if g is not None)):
@@ -434,7 +460,7 @@ class _Function(torch.autograd.Function):
             compute = ctx.op._backward if ctx.plain and is_plain(x, *weights) else ctx.op._backward_op
             *ours, dweights = compute(*grads, *arguments, y, gates, cells, needs)
             found = [g if need else None for g, need in zip([*ours, *dweights], needs, strict=True)]
-        return None, *found[:3], None, None, None, None, *found[3:]
+        return None, None, *found[:3], None, None, None, None, *found[3:]
 
 
 def widened(arguments: Arguments) -> Arguments:
