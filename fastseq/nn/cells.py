@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.serving import Served, are_sound, autocast_dtype, cast, requested, torch_forward, why_torch
-from fastseq.ops.contract import needs_graph
+from fastseq.nn.serving import Served, are_sound, cast, requested, torch_forward, why_torch
+from fastseq.ops.contract import autocast_dtype, needs_graph
 from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import Arguments, Recurrent

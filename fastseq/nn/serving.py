@@ -49,16 +49,6 @@ def torch_forward(forward: Any, name: str, reason: str | None, *args: Any) -> An
     return forward(*args)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for in a call on x, or None: it leaves float64 alone."""
-    if x.dtype == torch.float64 or not torch._C._is_any_autocast_enabled():
-        return None
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def are_sound(weights: list[Any], dtype: torch.dtype, device: torch.device, autocast: bool) -> bool:
     """Whether weights are what an op can take beside an input; torch's path knows what to do with those of other kinds.
 
