@@ -229,6 +229,15 @@ FASTSEQ_INLINE Vec<T> clamp(Vec<T> x, T limit) {  // NaN passes through
   return larger<T>(-high, smaller<T>(high, x));
 }
 
+// exp(x) for x up to kLimit, within 2 ulp; 0 below -kLimit.
+template <typename T>
+FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
+  const Vec<T> low = -Expm1<T>::kLimit - Vec<T>{};
+  Vec<T> scale, part;
+  expm1_parts<T>(larger<T>(low, x), scale, part);
+  return x < low ? Vec<T>{} : scale * part + scale;
+}
+
 // Within 3 ulp of the exact value where that is at least exp(-kLimit).
 template <typename T>
 FASTSEQ_INLINE Vec<T> sigmoid(Vec<T> x) {

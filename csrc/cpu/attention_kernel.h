@@ -1,0 +1,701 @@
+// Scaled dot product attention on the CPU. Formulas: fastseq/reference/attention.py.
+//
+// Scores exist a tile at a time: some queries times kTileKeys keys, in the cache. Forward keeps for each query the
+// largest score so far, the sum of exp(score - largest) and the sum of values so weighted, and rescales them when a
+// larger score comes (online softmax, Milakov and Gimelshein 2018; Dao et al. 2022). Backward makes the tiles anew from
+// lse. Tiles whose every key is left out are not computed.
+//
+// What a row of out or of a gradient is summed up from, and in which order, depends on nothing but shapes: results are
+// the same bits whatever the number of threads.
+#pragma once
+#include "cpu/attention.h"
+#include "cpu/gemm.h"
+#include "cpu/pass.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+// Keys of a tile, which is also the period of dropout's numbers.
+constexpr int64_t kTileKeys = 128;
+// Queries of a tile. With these, scores take 24 KB.
+constexpr int64_t kBlockQueries = 8 * kTileRows;
+// Packed keys and values that one tile after the other reads stay in the L2 cache.
+constexpr int64_t kPackedBytes = 256 * 1024;
+// Queries that share a packing of keys and values: so many that packing hardly counts.
+constexpr int64_t kChunkQueries = 8 * kBlockQueries, kChunkQueriesBackward = 4 * kBlockQueries;
+// Multiply-adds that are worth a thread.
+constexpr int64_t kAttentionWorkPerThread = 192 * 1024;
+
+// What both passes know about sequences, and the scores' way from products to what softmax takes.
+template <typename T, typename Call>
+struct Attention : Call {
+  using Call::E, Call::Ev, Call::H, Call::Hk, Call::L, Call::S;
+
+  struct Sequence {
+    int64_t index, sample, q0, k0, L, S, offset;
+  };
+  struct Keys {  // of a tile
+    int64_t first, count;
+    int64_t width() const { return (count + kPanel<T> - 1) / kPanel<T> * kPanel<T>; }
+    int64_t end() const { return first + count; }
+  };
+
+  static constexpr T kMinusInfinity = -__builtin_inf();
+
+  int64_t width = padded(E), value_width = padded(Ev), group = Hk ? H / Hk : 0;
+  int64_t longest_q = L, longest_k = S;
+  bool bare = !this->softcap && !this->slopes && !this->bias && !this->allowed;  // only bounds and padding
+  mutable std::atomic<int64_t> next{0};                                          // task to be done
+
+  explicit Attention(const Call& call) : Call(call) {
+    if (!this->ends_q) return;
+    longest_q = longest_k = 0;
+    for (int64_t i = 0; i < this->sequences; ++i) {
+      longest_q = std::max(longest_q, this->ends_q[i + 1] - this->ends_q[i]);
+      longest_k = std::max(longest_k, this->ends_k[i + 1] - this->ends_k[i]);
+    }
+  }
+
+  static int64_t padded(int64_t count) { return Columns<T>{count}.panels() * kPanel<T>; }
+
+  int team_size(const Threads& threads) const {
+    const int64_t work = this->sequences * H * longest_q * longest_k * (E + Ev);
+    const int64_t useful = work / kAttentionWorkPerThread + 1;
+    return int(std::min<int64_t>({threads.count, Team::kMost, useful}));
+  }
+
+  Sequence sequence(int64_t i) const {
+    Sequence seq{i, i, 0, 0, L, S, 0};
+    if (this->ends_q) {
+      seq.sample = 0, seq.q0 = this->ends_q[i], seq.k0 = this->ends_k[i];
+      seq.L = this->ends_q[i + 1] - seq.q0, seq.S = this->ends_k[i + 1] - seq.k0;
+    }
+    if (this->bottom_right) seq.offset = seq.S - seq.L;
+    return seq;
+  }
+
+  // The keys [first_key, end_key) that the bounds leave to query l.
+  int64_t first_key(const Sequence& seq, int64_t l) const {
+    return this->left < 0 ? 0 : std::min(seq.S, std::max<int64_t>(0, l + seq.offset - this->left));
+  }
+  int64_t end_key(const Sequence& seq, int64_t l) const {
+    return this->right < 0 ? seq.S : std::min(seq.S, std::max<int64_t>(0, l + seq.offset + this->right + 1));
+  }
+  // The queries [first_query, end_query) to which they leave some of the keys [first, end).
+  int64_t first_query(const Sequence& seq, int64_t first) const {
+    return this->right < 0 ? 0 : std::min(seq.L, std::max<int64_t>(0, first - seq.offset - this->right));
+  }
+  int64_t end_query(const Sequence& seq, int64_t end) const {
+    return this->left < 0 ? seq.L : std::min(seq.L, std::max<int64_t>(0, end - seq.offset + this->left));
+  }
+
+  const bool* padding_of(const Sequence& seq) const { return this->padding ? this->padding + seq.sample * S : nullptr; }
+  int64_t padded_keys(const Sequence& seq, const Keys& keys) const {
+    const bool* padding = padding_of(seq);
+    int64_t count = 0;
+    for (int64_t s = keys.first; padding && s < keys.end(); ++s) count += padding[s];
+    return count;
+  }
+
+  int64_t mask_at(const Sequence& seq, int64_t h, int64_t l, int64_t s) const {
+    return seq.sample * this->m_n + h * this->m_h + l * this->m_l + s * this->m_s;
+  }
+
+  // Whether the boolean mask leaves nothing of a tile.
+  bool masked_out(const Sequence& seq, int64_t h, int64_t l, int64_t end, const Keys& keys) const {
+    if (!this->allowed) return false;
+    const int64_t columns = this->m_s ? keys.count : 1;
+    for (; l < end; ++l) {
+      const bool* row = this->allowed + mask_at(seq, h, l, keys.first);
+      bool any = false;
+      for (int64_t j = 0; j < columns; ++j) any |= row[j];
+      if (any) return false;
+      if (!this->m_l) break;
+    }
+    return true;
+  }
+
+  // Turns scaled products into scores: softcap, biases, then -inf for what is left out and for what fills up the last
+  // panel. `slope`, if given, gets the softcap's derivative.
+  void finish_scores(const Sequence& seq, int64_t h, int64_t l, const Keys& keys, T* score, T* slope = nullptr) const {
+    const int64_t count = keys.count, filled = keys.width();
+    if (!bare) {
+      if (this->softcap) {
+        for (int64_t j = 0; j < filled; j += kLanes<T>) {
+          const Vec<T> t = tanh<T>(load(score + j) / this->softcap);
+          store(score + j, t * this->softcap);
+          if (slope) store(slope + j, T(1) - t * t);
+        }
+      }
+      if (this->slopes) {
+        const T by = this->slopes[h];
+        const int32_t ahead = int32_t(keys.first - l - seq.offset);
+        for (int32_t j = 0; j < int32_t(count); ++j) score[j] -= by * T(std::abs(ahead + j));
+      }
+      const int64_t at = mask_at(seq, h, l, keys.first);
+      if (const T* bias = this->bias ? this->bias + at : nullptr) {
+        // Not a sum with -inf, which a NaN in a key that is left out would survive.
+        if (this->m_s)
+          for (int64_t j = 0; j < count; ++j)
+            score[j] = bias[j] == kMinusInfinity ? kMinusInfinity : score[j] + bias[j];
+        else
+          for (int64_t j = 0; j < count; ++j) score[j] = *bias == kMinusInfinity ? kMinusInfinity : score[j] + *bias;
+      }
+      if (const bool* allowed = this->allowed ? this->allowed + at : nullptr) {
+        if (this->m_s)
+          for (int64_t j = 0; j < count; ++j) score[j] = allowed[j] ? score[j] : kMinusInfinity;
+        else if (!*allowed)
+          std::fill_n(score, count, kMinusInfinity);
+      }
+    }
+    if (const bool* padding = padding_of(seq)) {
+      padding += keys.first;
+      for (int64_t j = 0; j < count; ++j) score[j] = padding[j] ? kMinusInfinity : score[j];
+    }
+    const int64_t from = std::min(count, std::max<int64_t>(0, first_key(seq, l) - keys.first));
+    const int64_t to = std::min(count, std::max(from, end_key(seq, l) - keys.first));
+    std::fill(score, score + from, kMinusInfinity);
+    std::fill(score + to, score + filled, kMinusInfinity);
+  }
+
+  // products[rows][kTileKeys] = left[rows][K] times the packed tile of keys, where the bounds leave something.
+  void multiply_keys(const Sequence& seq, int64_t l, int64_t rows, const Keys& keys, Left<T> left, int64_t K,
+                     const T* packed, T* products) const {
+    const int64_t panels = keys.width() / kPanel<T>;
+    for (int64_t q = 0; q < panels; ++q) {
+      const int64_t s = keys.first + q * kPanel<T>;
+      const T* panel = packed + q * K * kPanel<T>;
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        const int64_t height = std::min<int64_t>(kTileRows, rows - i);
+        if (s >= end_key(seq, l + i + height - 1) || s + kPanel<T> <= first_key(seq, l + i)) continue;
+        tile_rows<T>(height, K, {left.data + i * left.stride, left.stride}, panel,
+                     products + i * kTileKeys + q * kPanel<T>, kTileKeys, false, panel + K * kPanel<T>);
+      }
+    }
+  }
+
+  // 128 keys' factors of dropout for a query.
+  void draw_kept(const Sequence& seq, int64_t h, int64_t l, int64_t first_key, T* factors) const {
+    constexpr int kCounters = 16, kRounds = 7;
+    uint32_t x[4][kCounters];
+    for (int i = 0; i < kCounters; ++i) {
+      x[0][i] = uint32_t(first_key / kTileKeys * kCounters + i);
+      x[1][i] = uint32_t(l);
+      x[2][i] = uint32_t(seq.index * H + h);
+      x[3][i] = 0;
+    }
+    uint32_t key_low = uint32_t(this->seed), key_high = uint32_t(this->seed >> 32);
+    for (int round = 0; round < kRounds; ++round) {
+      for (int i = 0; i < kCounters; ++i) {
+        const uint64_t even = uint64_t(x[0][i]) * 0xD2511F53u, odd = uint64_t(x[2][i]) * 0xCD9E8D57u;
+        x[0][i] = uint32_t(odd >> 32) ^ x[1][i] ^ key_low;
+        x[1][i] = uint32_t(odd);
+        x[2][i] = uint32_t(even >> 32) ^ x[3][i] ^ key_high;
+        x[3][i] = uint32_t(even);
+      }
+      key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
+    }
+    for (int half = 0; half < 8; ++half)
+      for (int i = 0; i < kCounters; ++i) {
+        const uint32_t drawn = half % 2 ? x[half / 2][i] >> 16 : x[half / 2][i] & 0xffff;
+        factors[half * kCounters + i] = drawn < this->dropped ? T(0) : this->kept;
+      }
+  }
+};
+
+template <typename T>
+struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
+  using Base = Attention<T, AttentionForward<T>>;
+  using Base::E, Base::Ev, Base::H, Base::L, Base::S, Base::value_width;
+  using typename Base::Keys;
+  using typename Base::Sequence;
+
+  static constexpr int64_t kMostTiles = 64;  // of a packing
+
+  bool average = this->wanted == Weights::kAverage;
+  int64_t chunk, chunks;  // queries of a task, and tasks of a sequence and head
+  int64_t packed_keys;    // of a packing
+  int64_t desk_size;      // elements of a member's scratch
+  T *desks, *zeros;       // all members' one after the other, and a row of zeros
+
+  AttentionForwardPass(const AttentionForward<T>& call, int threads) : Base(call) {
+    const int64_t bytes = (E + value_width) * sizeof(T) * kTileKeys;
+    packed_keys = std::min(kMostTiles, std::max<int64_t>(1, kPackedBytes / bytes)) * kTileKeys;
+    packed_keys = std::min(packed_keys, (this->longest_k + kTileKeys - 1) / kTileKeys * kTileKeys);
+    // As many tasks as make threads end at about the same time.
+    const int64_t wanted = 4 * threads, heads = std::max<int64_t>(1, this->sequences * (average ? 1 : H));
+    const int64_t blocks = std::max<int64_t>(1, (this->longest_q + kBlockQueries - 1) / kBlockQueries);
+    const int64_t tasks = std::min(blocks, (wanted + heads - 1) / heads);
+    chunk = average ? kBlockQueries : std::min(kChunkQueries, (blocks + tasks - 1) / tasks * kBlockQueries);
+    chunks = (this->longest_q + chunk - 1) / chunk;
+  }
+
+  int64_t tiled_keys() const { return (S + kTileKeys - 1) / kTileKeys * kTileKeys; }
+
+  // A member's scratch.
+  struct Desk {
+    T *q, *k, *v;                      // scaled queries of a chunk; keys and values, packed
+    T *scores, *factors;               // of a tile; dropout's of a row
+    T *sums, *largest, *weight, *raw;  // of a chunk: values, scores, exp(score - largest); all scores, for the average
+    int64_t keys;                      // packed now
+    bool finite[kMostTiles];           // whether the values of each tile are
+  };
+
+  Desk desk(Pieces<T>& pieces) const {
+    Desk desk{};
+    desk.q = pieces.take(chunk * E);
+    desk.k = pieces.take(packed_keys * E);
+    desk.v = pieces.take(packed_keys * value_width);
+    desk.scores = pieces.take(kBlockQueries * kTileKeys);
+    desk.factors = pieces.take(kTileKeys);
+    desk.sums = pieces.take(chunk * value_width);
+    desk.largest = pieces.take(chunk);
+    desk.weight = pieces.take(chunk);
+    desk.raw = pieces.take(average ? chunk * tiled_keys() : 0);
+    return desk;
+  }
+
+  int64_t lay_out(T* start, int members) {
+    Pieces<T> one{nullptr}, pieces{start};
+    desk(one);
+    desk_size = one.count;
+    desks = pieces.take(members * desk_size);
+    zeros = pieces.take(Ev);
+    return pieces.count;
+  }
+
+  void run(int rank, Team& team) const {
+    if (rank == 0) std::fill_n(zeros, Ev, T(0));
+    team.barrier(rank, 0, team.size());
+    Pieces<T> mine{desks + rank * desk_size};
+    Desk desk = this->desk(mine);
+    const int64_t heads = average ? 1 : H, per_chunk = this->sequences * heads;
+    for (int64_t task; (task = this->next.fetch_add(1, std::memory_order_relaxed)) < chunks * per_chunk;) {
+      const Sequence seq = this->sequence(task % per_chunk / heads);
+      // Those at the end first: causal ones are the longest.
+      const int64_t l = (chunks - 1 - task / per_chunk) * chunk, end = std::min(seq.L, l + chunk);
+      if (l >= end) continue;
+      if (average)
+        for (int64_t h = 0; h < H; ++h) attend(desk, seq, h, l, end);
+      else
+        attend(desk, seq, task % heads, l, end);
+    }
+  }
+
+  void attend(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t end) const {
+    for (int64_t i = l; i < end; ++i) {
+      const T* row = this->q.row(seq.sample, h, seq.q0 + i);
+      T* to = my.q + (i - l) * E;
+      for (int64_t e = 0; e < E; ++e) to[e] = row[e] * this->scale;
+    }
+    std::fill_n(my.sums, (end - l) * value_width, T(0));
+    std::fill_n(my.weight, end - l, T(0));
+    std::fill_n(my.largest, end - l, Base::kMinusInfinity);
+    const bool all = this->weights;  // every score is wanted, if only to see that it is none
+    const int64_t first = all ? 0 : this->first_key(seq, l) / kTileKeys * kTileKeys;
+    const int64_t last = all ? seq.S : this->end_key(seq, end - 1);
+    for (int64_t s = first; s < last; s += packed_keys) {
+      pack(my, seq, h, s, std::min(last, s + packed_keys));
+      for (int64_t i = l; i < end; i += kBlockQueries)
+        for (int64_t t = s; t < std::min(last, s + packed_keys); t += kTileKeys)
+          add_tile(my, seq, h, l, i, std::min(end, i + kBlockQueries), s,
+                   {t, std::min(kTileKeys, std::min(last, s + packed_keys) - t)});
+    }
+    for (int64_t i = l; i < end; ++i) finish(my, seq, h, l, i);
+  }
+
+  // Keys and values [s, end) of a head.
+  void pack(Desk& my, const Sequence& seq, int64_t h, int64_t s, int64_t end) const {
+    const int64_t head = h / this->group;
+    my.keys = end - s;
+    const Columns<T> keys{my.keys};
+    pack_transposed(keys, 0, keys.panels(), this->k.row(seq.sample, head, seq.k0 + s), this->k.l, E, my.k);
+    const bool* padding = this->padding_of(seq);
+    const auto value = [&](int64_t j) {
+      return padding && padding[s + j] ? zeros : this->v.row(seq.sample, head, seq.k0 + s + j);
+    };
+    const Columns<T> columns{Ev};
+    pack_rows<T>(columns, 0, columns.panels(), value, my.keys, my.v);
+    for (int64_t t = 0; t * kTileKeys < my.keys; ++t) {
+      const int64_t from = t * kTileKeys, to = std::min(my.keys, from + kTileKeys);
+      Vec<T> product{};
+      for (int64_t p = 0; p < columns.panels(); ++p)
+        for (int64_t u = (p * my.keys + from) * kPanel<T>; u < (p * my.keys + to) * kPanel<T>; u += kLanes<T>)
+          product += load(my.v + u) * T(0);
+      my.finite[t] = sum<T>(product) == 0;
+    }
+  }
+
+  // Adds a tile of keys to queries [i, end), of a packing that begins at key `packed`; l is the chunk's first query.
+  void add_tile(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t i, int64_t end, int64_t packed,
+                const Keys& keys) const {
+    const int64_t rows = end - i, filled = keys.width();
+    if (!this->weights) {
+      if (keys.first >= this->end_key(seq, end - 1) || keys.end() <= this->first_key(seq, i)) return;
+      if (this->padded_keys(seq, keys) == keys.count || this->masked_out(seq, h, i, end, keys)) return;
+    }
+    this->multiply_keys(seq, i, rows, keys, {my.q + (i - l) * E, E}, E, my.k + (keys.first - packed) * E, my.scores);
+    const bool whole = this->bare && !this->padding && keys.count == filled &&
+                       keys.first >= this->first_key(seq, end - 1) && keys.end() <= this->end_key(seq, i);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* score = my.scores + r * kTileKeys;
+      if (!whole) this->finish_scores(seq, h, i + r, keys, score);
+      if (this->weights) memcpy(weights_row(my, seq, h, l, i + r) + keys.first, score, keys.count * sizeof(T));
+      softmax(my, i + r - l, score, filled);
+      if (this->dropped) {
+        this->draw_kept(seq, h, i + r, keys.first, my.factors);
+        for (int64_t j = 0; j < filled; ++j) score[j] *= my.factors[j];
+      }
+    }
+    add_values(my, seq, l, i, rows, packed, keys, whole || my.finite[(keys.first - packed) / kTileKeys]);
+  }
+
+  // Scores become exp(score - largest), and what was summed up so far is rescaled if there is a new largest one.
+  FASTSEQ_INLINE void softmax(Desk& my, int64_t row, T* score, int64_t filled) const {
+    Vec<T> high = load(score);
+    for (int64_t j = kLanes<T>; j < filled; j += kLanes<T>) high = larger<T>(high, load(score + j));
+    T lanes[kLanes<T>];
+    store(lanes, high);
+    const T before = my.largest[row];
+    T top = before;
+    for (const T lane : lanes) top = std::max(top, lane);
+    const T base = top == Base::kMinusInfinity ? T(0) : top;
+    Vec<T> total{};
+    for (int64_t j = 0; j < filled; j += kLanes<T>) {
+      const Vec<T> p = exp<T>(load(score + j) - base);
+      store(score + j, p);
+      total += p;
+    }
+    T weight = my.weight[row];
+    if (top != before) {
+      const T shrink = exp<T>((before - base) - Vec<T>{})[0];
+      weight *= shrink;
+      T* row_sums = my.sums + row * value_width;
+      for (int64_t u = 0; u < value_width; u += kLanes<T>) store(row_sums + u, load(row_sums + u) * shrink);
+      my.largest[row] = top;
+    }
+    my.weight[row] = weight + sum<T>(total);
+  }
+
+  void add_values(Desk& my, const Sequence& seq, int64_t l, int64_t i, int64_t rows, int64_t packed, const Keys& keys,
+                  bool finite) const {
+    for (int64_t p = 0; p < value_width / kPanel<T>; ++p) {
+      const T* panel = my.v + (p * my.keys + keys.first - packed) * kPanel<T>;
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
+        const int64_t from = std::max<int64_t>(0, this->first_key(seq, i + r) - keys.first);
+        const int64_t to = std::min(keys.count, this->end_key(seq, i + r + height - 1) - keys.first);
+        if (from >= to) continue;
+        const T* left = my.scores + r * kTileKeys + from;
+        T* out = my.sums + (i - l + r) * value_width + p * kPanel<T>;
+        const T* values = panel + from * kPanel<T>;
+        if (finite)
+          tile_rows<T>(height, to - from, {left, kTileKeys}, values, out, value_width, true, values);
+        else
+          add_weighted(height, to - from, left, values, out);
+      }
+    }
+  }
+
+  // The same where a value that some query leaves out may be infinite or NaN: a weight of 0 leaves it out.
+  void add_weighted(int64_t rows, int64_t count, const T* left, const T* values, T* out) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < count; ++j) {
+        const T p = left[r * kTileKeys + j];
+        if (p == 0) continue;
+        for (int u = 0; u < kPanel<T>; ++u) out[r * value_width + u] += p * values[j * kPanel<T> + u];
+      }
+  }
+
+  // Where raw scores of query i go.
+  T* weights_row(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t i) const {
+    return average ? my.raw + (i - l) * tiled_keys() : this->weights + ((seq.sample * H + h) * L + i) * S;
+  }
+
+  void finish(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t i) const {
+    const T weight = my.weight[i - l], inverse = weight == 0 ? T(0) : T(1) / weight;
+    const T lse = weight == 0 ? Base::kMinusInfinity : my.largest[i - l] + std::log(weight);
+    this->lse[(seq.sample * H + h) * L + seq.q0 + i] = lse;
+    const T* from = my.sums + (i - l) * value_width;
+    T* to = this->out.row(seq.sample, h, seq.q0 + i);
+    for (int64_t e = 0; e < Ev; ++e) to[e] = from[e] * inverse;
+    if (!this->weights) return;
+    T* row = weights_row(my, seq, h, l, i);
+    const T base = weight == 0 ? T(0) : lse;
+    for (int64_t s = 0; s < S; s += kTileKeys) {
+      const int64_t count = std::min(kTileKeys, S - s);
+      for (int64_t j = 0; j < count; j += kLanes<T>) {
+        const int lanes = int(std::min<int64_t>(kLanes<T>, count - j));
+        store(row + s + j, exp<T>(load(row + s + j, lanes) - base), lanes);
+      }
+      if (!this->dropped) continue;
+      this->draw_kept(seq, h, i, s, my.factors);
+      for (int64_t j = 0; j < count; ++j) row[s + j] *= my.factors[j];
+    }
+    if (!average) return;
+    T* mean = this->weights + (seq.sample * L + i) * S;
+    for (int64_t s = 0; s < S; ++s) mean[s] = (h ? mean[s] : T(0)) + row[s] / T(H);
+  }
+};
+
+template <typename T>
+struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
+  using Base = Attention<T, AttentionBackward<T>>;
+  using Base::E, Base::Ev, Base::group, Base::H, Base::Hk, Base::L, Base::S, Base::value_width, Base::width;
+  using typename Base::Keys;
+  using typename Base::Sequence;
+
+  // A task is what one thread does: the sequences and heads that add to the same bias, in order. Where these are fewer
+  // than threads, each of their tiles of keys is a task, and then, since those add to the same queries, so is each
+  // chunk of queries, with scores made a second time.
+  int64_t sample_groups, head_groups;
+  bool split;
+  int64_t desk_size;  // elements of a member's scratch
+  T *desks, *zeros;   // all members' one after the other, and a row of zeros
+
+  AttentionBackwardPass(const AttentionBackward<T>& call, int threads) : Base(call) {
+    sample_groups = this->dbias && !this->d_n ? std::min<int64_t>(1, this->sequences) : this->sequences;
+    head_groups = this->dbias && !this->d_h ? std::min<int64_t>(1, Hk) : Hk;
+    split = sample_groups * head_groups < threads && !(this->dbias && !this->d_s);
+  }
+
+  int64_t queries() const { return std::max<int64_t>(1, group * this->longest_q); }
+
+  // A member's scratch.
+  struct Desk {
+    T *k_transposed, *v_transposed, *k_rows;  // a tile of keys and values, packed
+    T *q_rows, *dout_rows, *delta;            // all queries of the heads that share one of keys
+    T *dq, *dk, *dv;                          // sums
+    T *scores, *dscores, *factors, *slope;    // of a tile; of a row
+    int64_t sequence = -1, head = -1;         // whose queries are packed
+  };
+
+  Desk desk(Pieces<T>& pieces) const {
+    Desk desk{};
+    desk.k_transposed = pieces.take(kTileKeys * E);
+    desk.v_transposed = pieces.take(kTileKeys * Ev);
+    desk.k_rows = pieces.take(kTileKeys * width);
+    desk.q_rows = pieces.take(queries() * width);
+    desk.dout_rows = pieces.take(queries() * value_width);
+    desk.delta = pieces.take(queries());
+    desk.dq = pieces.take(this->dq.data ? queries() * width : 0);
+    desk.dk = pieces.take(kTileKeys * width);
+    desk.dv = pieces.take(kTileKeys * value_width);
+    desk.scores = pieces.take(kBlockQueries * kTileKeys);
+    desk.dscores = pieces.take(kBlockQueries * kTileKeys);
+    desk.factors = pieces.take(kTileKeys);
+    desk.slope = pieces.take(kTileKeys);
+    return desk;
+  }
+
+  int64_t lay_out(T* start, int members) {
+    Pieces<T> one{nullptr}, pieces{start};
+    desk(one);
+    desk_size = one.count;
+    desks = pieces.take(members * desk_size);
+    zeros = pieces.take(E);
+    return pieces.count;
+  }
+
+  void run(int rank, Team& team) const {
+    if (rank == 0) std::fill_n(zeros, E, T(0));
+    team.barrier(rank, 0, team.size());
+    Pieces<T> mine{desks + rank * desk_size};
+    Desk desk = this->desk(mine);
+    const int64_t groups = sample_groups * head_groups;
+    const int64_t tiles = split ? (this->longest_k + kTileKeys - 1) / kTileKeys : 1;
+    const int64_t chunks =
+        split && this->dq.data ? (this->longest_q + kChunkQueriesBackward - 1) / kChunkQueriesBackward : 0;
+    const int64_t first_part = groups * tiles, second_part = this->sequences * Hk * chunks;
+    for (int64_t task; (task = this->next.fetch_add(1, std::memory_order_relaxed)) < first_part + second_part;) {
+      if (task >= first_part) {
+        const int64_t at = task - first_part;
+        chunk_of_queries(desk, this->sequence(at / chunks / Hk), at / chunks % Hk, at % chunks * kChunkQueriesBackward);
+        continue;
+      }
+      const int64_t samples = this->sequences / sample_groups, heads = Hk / head_groups, at = task / tiles;
+      for (int64_t i = 0; i < samples; ++i)
+        for (int64_t j = 0; j < heads; ++j)
+          keys_of(desk, this->sequence(at / head_groups * samples + i), at % head_groups * heads + j,
+                  split ? task % tiles : -1);
+    }
+  }
+
+  // Gradients of a head's keys, of all of them and of the queries, or of one tile of keys.
+  void keys_of(Desk& my, const Sequence& seq, int64_t head, int64_t tile) const {
+    const int64_t first = std::max<int64_t>(0, tile) * kTileKeys,
+                  last = tile < 0 ? seq.S : std::min(seq.S, first + kTileKeys);
+    if (tile >= 0 && first >= last) return;
+    pack_queries(my, seq, head);
+    const bool with_queries = tile < 0 && this->dq.data;
+    if (with_queries) std::fill_n(my.dq, group * seq.L * width, T(0));
+    for (int64_t s = first; s < last; s += kTileKeys) {
+      const Keys keys{s, std::min(kTileKeys, last - s)};
+      std::fill_n(my.dk, keys.count * width, T(0));
+      std::fill_n(my.dv, keys.count * value_width, T(0));
+      const int64_t from = this->first_query(seq, s), to = this->end_query(seq, keys.end());
+      if (from < to && this->padded_keys(seq, keys) < keys.count) {
+        pack_keys(my, seq, head, keys);
+        for (int64_t g = 0; g < group; ++g)
+          for (int64_t i = from / kBlockQueries * kBlockQueries; i < to; i += kBlockQueries)
+            tile_backward(my, seq, head, g, i, std::min(seq.L, i + kBlockQueries), keys, true,
+                          with_queries ? my.dq + g * seq.L * width : nullptr);
+      }
+      write(this->dk, my.dk, width, E, seq.sample, head, seq.k0 + s, keys.count);
+      write(this->dv, my.dv, value_width, Ev, seq.sample, head, seq.k0 + s, keys.count);
+    }
+    for (int64_t g = 0; with_queries && g < group; ++g)
+      write(this->dq, my.dq + g * seq.L * width, width, E, seq.sample, head * group + g, seq.q0, seq.L);
+  }
+
+  // Gradients of the queries from i on that share a head of keys.
+  void chunk_of_queries(Desk& my, const Sequence& seq, int64_t head, int64_t i) const {
+    const int64_t end = std::min(seq.L, i + kChunkQueriesBackward);
+    if (i >= end) return;
+    pack_queries(my, seq, head);
+    for (int64_t g = 0; g < group; ++g) std::fill_n(my.dq + (g * seq.L + i) * width, (end - i) * width, T(0));
+    const int64_t first = this->first_key(seq, i) / kTileKeys * kTileKeys, last = this->end_key(seq, end - 1);
+    for (int64_t s = first; s < last; s += kTileKeys) {
+      const Keys keys{s, std::min(kTileKeys, seq.S - s)};
+      if (this->padded_keys(seq, keys) == keys.count) continue;
+      pack_keys(my, seq, head, keys);
+      for (int64_t g = 0; g < group; ++g)
+        for (int64_t b = i; b < end; b += kBlockQueries)
+          tile_backward(my, seq, head, g, b, std::min(end, b + kBlockQueries), keys, false, my.dq + g * seq.L * width);
+    }
+    for (int64_t g = 0; g < group; ++g)
+      write(this->dq, my.dq + (g * seq.L + i) * width, width, E, seq.sample, head * group + g, seq.q0 + i, end - i);
+  }
+
+  static void write(const Heads<T>& to, const T* from, int64_t stride, int64_t count, int64_t sample, int64_t head,
+                    int64_t row, int64_t rows) {
+    for (int64_t r = 0; to.data && r < rows; ++r)
+      memcpy(to.row(sample, head, row + r), from + r * stride, count * sizeof(T));
+  }
+
+  // Queries and gradients of out as the right-hand side of products over queries, and delta = dout . out - dlse.
+  void pack_queries(Desk& my, const Sequence& seq, int64_t head) const {
+    if (my.sequence == seq.index && my.head == head) return;
+    my.sequence = seq.index, my.head = head;
+    const Columns<T> q{E}, values{Ev};
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t h = head * group + g;
+      const auto query = [&](int64_t l) { return this->q.row(seq.sample, h, seq.q0 + l); };
+      const auto gradient = [&](int64_t l) { return this->dout.row(seq.sample, h, seq.q0 + l); };
+      pack_rows<T>(q, 0, q.panels(), query, seq.L, my.q_rows + g * seq.L * width);
+      pack_rows<T>(values, 0, values.panels(), gradient, seq.L, my.dout_rows + g * seq.L * value_width);
+      for (int64_t l = 0; l < seq.L; ++l) {
+        const T *a = gradient(l), *b = this->out.row(seq.sample, h, seq.q0 + l);
+        T total = 0;
+        dot_rows<1>(a, 0, b, Ev, &total);
+        my.delta[g * seq.L + l] = total - (this->dlse ? this->dlse[lse_at(seq, h, l)] : T(0));
+      }
+    }
+  }
+
+  int64_t lse_at(const Sequence& seq, int64_t h, int64_t l) const { return (seq.sample * H + h) * L + seq.q0 + l; }
+
+  void pack_keys(Desk& my, const Sequence& seq, int64_t head, const Keys& keys) const {
+    const Columns<T> columns{keys.count}, features{E};
+    const bool* padding = this->padding_of(seq);
+    const auto key = [&](int64_t j) {
+      return padding && padding[keys.first + j] ? zeros : this->k.row(seq.sample, head, seq.k0 + keys.first + j);
+    };
+    pack_transposed(columns, 0, columns.panels(), this->k.row(seq.sample, head, seq.k0 + keys.first), this->k.l, E,
+                    my.k_transposed);
+    pack_transposed(columns, 0, columns.panels(), this->v.row(seq.sample, head, seq.k0 + keys.first), this->v.l, Ev,
+                    my.v_transposed);
+    pack_rows<T>(features, 0, features.panels(), key, keys.count, my.k_rows);
+  }
+
+  // What queries [i, end) and a tile of keys give each other.
+  void tile_backward(Desk& my, const Sequence& seq, int64_t head, int64_t g, int64_t i, int64_t end, const Keys& keys,
+                     bool with_keys, T* dq) const {
+    const int64_t h = head * group + g, rows = end - i;
+    if (keys.first >= this->end_key(seq, end - 1) || keys.end() <= this->first_key(seq, i)) return;
+    if (this->masked_out(seq, h, i, end, keys)) return;
+    this->multiply_keys(seq, i, rows, keys, {this->q.row(seq.sample, h, seq.q0 + i), this->q.l}, E, my.k_transposed,
+                        my.scores);
+    this->multiply_keys(seq, i, rows, keys, {this->dout.row(seq.sample, h, seq.q0 + i), this->dout.l}, Ev,
+                        my.v_transposed, my.dscores);
+    for (int64_t r = 0; r < rows; ++r) row_backward(my, seq, h, g, i + r, keys, with_keys, r);
+    if (with_keys && (this->dk.data || this->dv.data)) {
+      for (int64_t j = 0; j < keys.count; j += kTileRows) {
+        const int64_t height = std::min<int64_t>(kTileRows, keys.count - j), s = keys.first + j;
+        const int64_t from = std::max(i, this->first_query(seq, s)),
+                      to = std::min(end, this->end_query(seq, s + height));
+        if (from >= to) continue;
+        const int64_t at = (from - i) * kTileKeys + j;
+        add_outer(my.scores + at, height, to - from, my.dout_rows + g * seq.L * value_width, seq.L, from,
+                  my.dv + j * value_width, value_width);
+        add_outer(my.dscores + at, height, to - from, my.q_rows + g * seq.L * width, seq.L, from, my.dk + j * width,
+                  width);
+      }
+    }
+    if (!dq) return;
+    for (int64_t p = 0; p < width / kPanel<T>; ++p)
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
+        const int64_t from = std::max<int64_t>(0, this->first_key(seq, i + r) - keys.first);
+        const int64_t to = std::min(keys.count, this->end_key(seq, i + r + height - 1) - keys.first);
+        if (from >= to) continue;
+        const T* panel = my.k_rows + (p * keys.count + from) * kPanel<T>;
+        tile_rows<T>(height, to - from, {my.dscores + r * kTileKeys + from, kTileKeys}, panel,
+                     dq + (i + r) * width + p * kPanel<T>, width, true, panel);
+      }
+  }
+
+  // sums[rows][stride] += left^T, [count][kTileKeys], times packed rows from `first` on.
+  void add_outer(const T* left, int64_t rows, int64_t count, const T* packed, int64_t in_all, int64_t first, T* sums,
+                 int64_t stride) const {
+    for (int64_t p = 0; p < stride / kPanel<T>; ++p) {
+      const T* panel = packed + (p * in_all + first) * kPanel<T>;
+      tile_rows<T, true>(rows, count, {left, kTileKeys}, panel, sums + p * kPanel<T>, stride, true, panel);
+    }
+  }
+
+  // Row r of the tile: scores become weights, and products with values the gradient of products with keys.
+  void row_backward(Desk& my, const Sequence& seq, int64_t h, int64_t g, int64_t l, const Keys& keys, bool with_bias,
+                    int64_t r) const {
+    T *score = my.scores + r * kTileKeys, *d = my.dscores + r * kTileKeys;
+    const int64_t filled = keys.width();
+    for (int64_t j = 0; j < filled; j += kLanes<T>) store(score + j, load(score + j) * this->scale);
+    this->finish_scores(seq, h, l, keys, score, this->softcap ? my.slope : nullptr);
+    const T lse = this->lse[lse_at(seq, h, l)], base = lse == Base::kMinusInfinity ? T(0) : lse;
+    const T delta = my.delta[g * seq.L + l];
+    if (this->dropped) this->draw_kept(seq, h, l, keys.first, my.factors);
+    for (int64_t j = 0; j < filled; j += kLanes<T>) {
+      const Vec<T> p = exp<T>(load(score + j) - base);
+      Vec<T> kept = p, dp = load(d + j);
+      if (this->dropped) kept *= load(my.factors + j), dp *= load(my.factors + j);
+      // What is left out may stand opposite anything, NaN too.
+      const Vec<T> ds = p == T(0) ? Vec<T>{} : p * (dp - delta);
+      store(score + j, kept);
+      store(d + j, ds);
+    }
+    if (this->dbias && with_bias) {
+      T* to = this->dbias + seq.sample * this->d_n + h * this->d_h + l * this->d_l + keys.first * this->d_s;
+      if (this->d_s)
+        for (int64_t j = 0; j < keys.count; ++j) to[j] += d[j];
+      else
+        for (int64_t j = 0; j < keys.count; ++j) *to += d[j];
+    }
+    for (int64_t j = 0; j < filled; j += kLanes<T>) {
+      const Vec<T> ds = load(d + j) * this->scale;
+      store(d + j, this->softcap ? ds * load(my.slope + j) : ds);
+    }
+  }
+};
+
+template <typename T>
+void attention_forward(const AttentionForward<T>& call, Threads threads) {
+  AttentionForwardPass<T> pass(call, threads.count);
+  run_pass<AttentionForwardPass<T>, T>(pass, threads);
+}
+
+template <typename T>
+void attention_backward(const AttentionBackward<T>& call, Threads threads) {
+  AttentionBackwardPass<T> pass(call, threads.count);
+  run_pass<AttentionBackwardPass<T>, T>(pass, threads);
+}
+
+}  // namespace fastseq::FASTSEQ_ISA
