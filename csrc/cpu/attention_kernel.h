@@ -96,6 +96,12 @@ struct Attention : Call {
     return count;
   }
 
+  // Whether softmax can take the products of a tile as they are.
+  bool is_whole(const Sequence& seq, int64_t l, int64_t end, const Keys& keys) const {
+    return bare && keys.count == keys.width() && keys.first >= first_key(seq, end - 1) &&
+           keys.end() <= end_key(seq, l) && padded_keys(seq, keys) == 0;
+  }
+
   int64_t mask_at(const Sequence& seq, int64_t h, int64_t l, int64_t s) const {
     return seq.sample * this->m_n + h * this->m_h + l * this->m_l + s * this->m_s;
   }
@@ -202,11 +208,84 @@ struct Attention : Call {
   }
 };
 
+// Queries on their way through the keys: what forward keeps of each.
 template <typename T>
-struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
+struct AttentionRows : Attention<T, AttentionForward<T>> {
   using Base = Attention<T, AttentionForward<T>>;
+  using Base::Base;
+  using Base::E, Base::Ev, Base::H, Base::L, Base::value_width;
+  using typename Base::Keys;
+  using typename Base::Sequence;
+
+  struct Progress {
+    T *q, *sums, *largest, *weight;  // scaled; values, scores, and exp(score - largest) summed up
+
+    static Progress take(Pieces<T>& pieces, int64_t rows, const AttentionRows& of) {
+      return {pieces.take(rows * of.E), pieces.take(rows * of.value_width), pieces.take(rows), pieces.take(rows)};
+    }
+  };
+
+  void start(Progress& my, int64_t row, const Sequence& seq, int64_t h, int64_t l) const {
+    const T* from = this->q.row(seq.sample, h, seq.q0 + l);
+    for (int64_t e = 0; e < E; ++e) my.q[row * E + e] = from[e] * this->scale;
+    std::fill_n(my.sums + row * value_width, value_width, T(0));
+    my.weight[row] = 0, my.largest[row] = Base::kMinusInfinity;
+  }
+
+  // Scores become exp(score - largest), and what was summed up so far is rescaled if there is a new largest one.
+  void softmax(Progress& my, int64_t row, T* score, int64_t filled, bool whole) const {
+    Vec<T> high = load(score);
+    for (int64_t j = kLanes<T>; j < filled; j += kLanes<T>) high = larger<T>(high, load(score + j));
+    T lanes[kLanes<T>];
+    store(lanes, high);
+    T top = my.largest[row];
+    for (const T lane : lanes) top = std::max(top, lane);
+    const T base = raise(my, row, top);
+    constexpr T kLog2E = T(1.44269504088896340736);
+    const auto weigh = [&](auto may_vanish) __attribute__((always_inline)) {
+      Vec<T> total{};
+      for (int64_t j = 0; j < filled; j += kLanes<T>) {
+        const Vec<T> p = exp2<T, may_vanish>(load(score + j) * kLog2E - base * kLog2E);
+        store(score + j, p);
+        total += p;
+      }
+      my.weight[row] += sum<T>(total);
+    };
+    if (whole)
+      weigh(std::false_type());
+    else
+      weigh(std::true_type());
+  }
+
+  // Sets the largest score of a row; returns what scores are to be taken relative to.
+  FASTSEQ_INLINE T raise(Progress& my, int64_t row, T top) const {
+    const T before = my.largest[row], base = top == Base::kMinusInfinity ? T(0) : top;
+    if (top == before) return base;
+    const T shrink = exp<T>((before - base) - Vec<T>{})[0];
+    my.largest[row] = top;
+    my.weight[row] *= shrink;
+    T* sums = my.sums + row * value_width;
+    for (int64_t u = 0; u < value_width; u += kLanes<T>) store(sums + u, load(sums + u) * shrink);
+    return base;
+  }
+
+  // Writes out and lse of a query whose keys have all been added; returns what weights are to be taken relative to.
+  T finish(const Progress& my, int64_t row, const Sequence& seq, int64_t h, int64_t l) const {
+    const T weight = my.weight[row], inverse = weight == 0 ? T(0) : T(1) / weight;
+    const T lse = weight == 0 ? Base::kMinusInfinity : my.largest[row] + std::log(weight);
+    this->lse[(seq.sample * H + h) * L + seq.q0 + l] = lse;
+    T* to = this->out.row(seq.sample, h, seq.q0 + l);
+    for (int64_t e = 0; e < Ev; ++e) to[e] = my.sums[row * value_width + e] * inverse;
+    return weight == 0 ? T(0) : lse;
+  }
+};
+
+template <typename T>
+struct AttentionForwardPass : AttentionRows<T> {
+  using Base = AttentionRows<T>;
   using Base::E, Base::Ev, Base::H, Base::L, Base::S, Base::value_width;
   using typename Base::Keys;
+  using typename Base::Progress;
   using typename Base::Sequence;
 
   static constexpr int64_t kMostTiles = 64;  // of a packing
@@ -233,23 +312,21 @@ struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
 
   // A member's scratch.
   struct Desk {
-    T *q, *k, *v;                      // scaled queries of a chunk; keys and values, packed
-    T *scores, *factors;               // of a tile; dropout's of a row
-    T *sums, *largest, *weight, *raw;  // of a chunk: values, scores, exp(score - largest); all scores, for the average
-    int64_t keys;                      // packed now
-    bool finite[kMostTiles];           // whether the values of each tile are
+    Progress rows;            // of a chunk
+    T *k, *v;                 // keys and values, packed
+    T *scores, *factors;      // of a tile; dropout's of a row
+    T* raw;                   // all scores of a chunk, for the average
+    int64_t keys;             // packed now
+    bool finite[kMostTiles];  // whether the values of each tile are
   };
 
   Desk desk(Pieces<T>& pieces) const {
     Desk desk{};
-    desk.q = pieces.take(chunk * E);
+    desk.rows = Progress::take(pieces, chunk, *this);
     desk.k = pieces.take(packed_keys * E);
     desk.v = pieces.take(packed_keys * value_width);
     desk.scores = pieces.take(kBlockQueries * kTileKeys);
     desk.factors = pieces.take(kTileKeys);
-    desk.sums = pieces.take(chunk * value_width);
-    desk.largest = pieces.take(chunk);
-    desk.weight = pieces.take(chunk);
     desk.raw = pieces.take(average ? chunk * tiled_keys() : 0);
     return desk;
   }
@@ -282,14 +359,7 @@ struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
   }
 
   void attend(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t end) const {
-    for (int64_t i = l; i < end; ++i) {
-      const T* row = this->q.row(seq.sample, h, seq.q0 + i);
-      T* to = my.q + (i - l) * E;
-      for (int64_t e = 0; e < E; ++e) to[e] = row[e] * this->scale;
-    }
-    std::fill_n(my.sums, (end - l) * value_width, T(0));
-    std::fill_n(my.weight, end - l, T(0));
-    std::fill_n(my.largest, end - l, Base::kMinusInfinity);
+    for (int64_t i = l; i < end; ++i) this->start(my.rows, i - l, seq, h, i);
     const bool all = this->weights;  // every score is wanted, if only to see that it is none
     const int64_t first = all ? 0 : this->first_key(seq, l) / kTileKeys * kTileKeys;
     const int64_t last = all ? seq.S : this->end_key(seq, end - 1);
@@ -333,47 +403,20 @@ struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
       if (keys.first >= this->end_key(seq, end - 1) || keys.end() <= this->first_key(seq, i)) return;
       if (this->padded_keys(seq, keys) == keys.count || this->masked_out(seq, h, i, end, keys)) return;
     }
-    this->multiply_keys(seq, i, rows, keys, {my.q + (i - l) * E, E}, E, my.k + (keys.first - packed) * E, my.scores);
-    const bool whole = this->bare && !this->padding && keys.count == filled &&
-                       keys.first >= this->first_key(seq, end - 1) && keys.end() <= this->end_key(seq, i);
+    this->multiply_keys(seq, i, rows, keys, {my.rows.q + (i - l) * E, E}, E, my.k + (keys.first - packed) * E,
+                        my.scores);
+    const bool whole = this->is_whole(seq, i, end, keys);
     for (int64_t r = 0; r < rows; ++r) {
       T* score = my.scores + r * kTileKeys;
       if (!whole) this->finish_scores(seq, h, i + r, keys, score);
       if (this->weights) memcpy(weights_row(my, seq, h, l, i + r) + keys.first, score, keys.count * sizeof(T));
-      softmax(my, i + r - l, score, filled);
+      this->softmax(my.rows, i + r - l, score, filled, whole);
       if (this->dropped) {
         this->draw_kept(seq, h, i + r, keys.first, my.factors);
         for (int64_t j = 0; j < filled; ++j) score[j] *= my.factors[j];
       }
     }
     add_values(my, seq, l, i, rows, packed, keys, whole || my.finite[(keys.first - packed) / kTileKeys]);
-  }
-
-  // Scores become exp(score - largest), and what was summed up so far is rescaled if there is a new largest one.
-  FASTSEQ_INLINE void softmax(Desk& my, int64_t row, T* score, int64_t filled) const {
-    Vec<T> high = load(score);
-    for (int64_t j = kLanes<T>; j < filled; j += kLanes<T>) high = larger<T>(high, load(score + j));
-    T lanes[kLanes<T>];
-    store(lanes, high);
-    const T before = my.largest[row];
-    T top = before;
-    for (const T lane : lanes) top = std::max(top, lane);
-    const T base = top == Base::kMinusInfinity ? T(0) : top;
-    Vec<T> total{};
-    for (int64_t j = 0; j < filled; j += kLanes<T>) {
-      const Vec<T> p = exp<T>(load(score + j) - base);
-      store(score + j, p);
-      total += p;
-    }
-    T weight = my.weight[row];
-    if (top != before) {
-      const T shrink = exp<T>((before - base) - Vec<T>{})[0];
-      weight *= shrink;
-      T* row_sums = my.sums + row * value_width;
-      for (int64_t u = 0; u < value_width; u += kLanes<T>) store(row_sums + u, load(row_sums + u) * shrink);
-      my.largest[row] = top;
-    }
-    my.weight[row] = weight + sum<T>(total);
   }
 
   void add_values(Desk& my, const Sequence& seq, int64_t l, int64_t i, int64_t rows, int64_t packed, const Keys& keys,
@@ -386,7 +429,7 @@ struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
         const int64_t to = std::min(keys.count, this->end_key(seq, i + r + height - 1) - keys.first);
         if (from >= to) continue;
         const T* left = my.scores + r * kTileKeys + from;
-        T* out = my.sums + (i - l + r) * value_width + p * kPanel<T>;
+        T* out = my.rows.sums + (i - l + r) * value_width + p * kPanel<T>;
         const T* values = panel + from * kPanel<T>;
         if (finite)
           tile_rows<T>(height, to - from, {left, kTileKeys}, values, out, value_width, true, values);
@@ -412,15 +455,9 @@ struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
   }
 
   void finish(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t i) const {
-    const T weight = my.weight[i - l], inverse = weight == 0 ? T(0) : T(1) / weight;
-    const T lse = weight == 0 ? Base::kMinusInfinity : my.largest[i - l] + std::log(weight);
-    this->lse[(seq.sample * H + h) * L + seq.q0 + i] = lse;
-    const T* from = my.sums + (i - l) * value_width;
-    T* to = this->out.row(seq.sample, h, seq.q0 + i);
-    for (int64_t e = 0; e < Ev; ++e) to[e] = from[e] * inverse;
+    const T base = Base::finish(my.rows, i - l, seq, h, i);
     if (!this->weights) return;
     T* row = weights_row(my, seq, h, l, i);
-    const T base = weight == 0 ? T(0) : lse;
     for (int64_t s = 0; s < S; s += kTileKeys) {
       const int64_t count = std::min(kTileKeys, S - s);
       for (int64_t j = 0; j < count; j += kLanes<T>) {
@@ -434,6 +471,137 @@ struct AttentionForwardPass : Attention<T, AttentionForward<T>> {
     if (!average) return;
     T* mean = this->weights + (seq.sample * L + i) * S;
     for (int64_t s = 0; s < S; ++s) mean[s] = (h ? mean[s] : T(0)) + row[s] / T(H);
+  }
+};
+
+// Few queries, as in decoding: keys and values are read once, where they are. Splits of the keys are tasks of their own
+// where there are few heads, as many as shapes say; their sums are merged in order.
+template <typename T>
+struct AttentionFewQueriesPass : AttentionRows<T> {
+  using Base = AttentionRows<T>;
+  using Base::E, Base::Ev, Base::group, Base::Hk, Base::value_width;
+  using typename Base::Keys;
+  using typename Base::Progress;
+  using typename Base::Sequence;
+
+  static constexpr int64_t kMostRows = 8, kTasks = 32, kLeastKeys = 4 * kTileKeys;
+
+  int64_t rows, splits, split_keys, desk_size, part_size;
+  T *desks, *parts;
+
+  static bool serves(const Attention<T, AttentionForward<T>>& call) {
+    return call.group * call.longest_q <= kMostRows && !call.weights;
+  }
+
+  AttentionFewQueriesPass(const AttentionForward<T>& call, int) : Base(call) {
+    rows = group * this->longest_q;
+    const int64_t heads = std::max<int64_t>(1, this->sequences * Hk), keys = std::max<int64_t>(1, this->longest_k);
+    splits = std::max<int64_t>(1, std::min((kTasks + heads - 1) / heads, keys / kLeastKeys));
+    split_keys = ((keys + splits - 1) / splits + kTileKeys - 1) / kTileKeys * kTileKeys;
+    splits = (keys + split_keys - 1) / split_keys;
+  }
+
+  struct Desk {
+    Progress rows;
+    T *scores, *factors;
+  };
+
+  Desk desk(Pieces<T>& pieces) const {
+    Desk desk{};
+    desk.rows = Progress::take(pieces, rows, *this);
+    desk.scores = pieces.take(kTileKeys);
+    desk.factors = pieces.take(kTileKeys);
+    return desk;
+  }
+
+  int64_t lay_out(T* start, int members) {
+    Pieces<T> one{nullptr}, part{nullptr}, pieces{start};
+    desk(one);
+    desk_size = one.count;
+    Progress::take(part, rows, *this);
+    part_size = part.count;
+    desks = pieces.take(members * desk_size);
+    parts = pieces.take(splits > 1 ? this->sequences * Hk * splits * part_size : 0);
+    return pieces.count;
+  }
+
+  Progress part(int64_t head, int64_t split) const {
+    Pieces<T> pieces{parts + (head * splits + split) * part_size};
+    return Progress::take(pieces, rows, *this);
+  }
+
+  void run(int rank, Team& team) const {
+    Pieces<T> mine{desks + rank * desk_size};
+    Desk desk = this->desk(mine);
+    const int64_t heads = this->sequences * Hk;
+    for (int64_t task; (task = this->next.fetch_add(1, std::memory_order_relaxed)) < heads * splits;) {
+      const int64_t at = task / splits;
+      if (splits > 1) desk.rows = part(at, task % splits);
+      attend(desk, this->sequence(at / Hk), at % Hk, task % splits * split_keys);
+    }
+    if (splits == 1) return;
+    team.barrier(rank, 0, team.size());
+    for (int64_t at = share(heads, rank, team.size()); at < share(heads, rank + 1, team.size()); ++at) merge(at);
+  }
+
+  template <typename Body>
+  void each_row(const Sequence& seq, int64_t head, const Body& body) const {
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t l = 0; l < seq.L; ++l) body(g * seq.L + l, head * group + g, l);
+  }
+
+  void attend(Desk& my, const Sequence& seq, int64_t head, int64_t s) const {
+    if (seq.L == 0) return;
+    each_row(seq, head, [&](int64_t row, int64_t h, int64_t l) { this->start(my.rows, row, seq, h, l); });
+    const int64_t last = std::min(s + split_keys, this->end_key(seq, seq.L - 1));
+    for (s = std::max(s, this->first_key(seq, 0) / kTileKeys * kTileKeys); s < last; s += kTileKeys) {
+      const Keys keys{s, std::min(kTileKeys, last - s)};
+      const int64_t padded = this->padded_keys(seq, keys);
+      if (padded == keys.count) continue;
+      const T *k = this->k.row(seq.sample, head, seq.k0 + s), *v = this->v.row(seq.sample, head, seq.k0 + s);
+      const bool whole = this->is_whole(seq, 0, seq.L, keys), finite = whole || all_finite(v, keys.count);
+      each_row(seq, head, [&](int64_t row, int64_t h, int64_t l) {
+        std::fill_n(my.scores, keys.width(), T(0));
+        const T* q = my.rows.q + row * E;
+        int64_t j = 0;
+        for (; j + 4 <= keys.count; j += 4) dot_rows<4>(k + j * this->k.l, this->k.l, q, E, my.scores + j);
+        for (; j < keys.count; ++j) dot_rows<1>(k + j * this->k.l, 0, q, E, my.scores + j);
+        if (!whole) this->finish_scores(seq, h, l, keys, my.scores);
+        this->softmax(my.rows, row, my.scores, keys.width(), whole);
+        if (this->dropped) {
+          this->draw_kept(seq, h, l, s, my.factors);
+          for (int64_t i = 0; i < keys.count; ++i) my.scores[i] *= my.factors[i];
+        }
+        T* sums = my.rows.sums + row * value_width;
+        if (finite) return multiply_row<T>(my.scores, v, this->v.l, keys.count, 0, Ev, sums, true);
+        for (int64_t i = 0; i < keys.count; ++i)  // a weight of 0 leaves out a value that may be infinite or NaN
+          for (int64_t e = 0; my.scores[i] != 0 && e < Ev; ++e) sums[e] += my.scores[i] * v[i * this->v.l + e];
+      });
+    }
+    if (splits > 1) return;
+    each_row(seq, head, [&](int64_t row, int64_t h, int64_t l) { this->finish(my.rows, row, seq, h, l); });
+  }
+
+  bool all_finite(const T* v, int64_t count) const {
+    T product = 0;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t e = 0; e < Ev; ++e) product += v[i * this->v.l + e] * T(0);
+    return product == 0;
+  }
+
+  void merge(int64_t at) const {
+    const Sequence seq = this->sequence(at / Hk);
+    Progress all = part(at, 0);
+    each_row(seq, at % Hk, [&](int64_t row, int64_t h, int64_t l) {
+      for (int64_t i = 1; i < splits; ++i) {
+        Progress more = part(at, i);
+        const T top = std::max(all.largest[row], more.largest[row]);
+        this->raise(all, row, top), this->raise(more, row, top);
+        all.weight[row] += more.weight[row];
+        for (int64_t u = 0; u < value_width; ++u) all.sums[row * value_width + u] += more.sums[row * value_width + u];
+      }
+      this->finish(all, row, seq, h, l);
+    });
   }
 };
 
@@ -686,16 +854,23 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
   }
 };
 
+template <typename Pass, typename T, typename Call>
+void run_attention(const Call& call, const Threads& threads) {
+  Pass pass(call, threads.count);
+  run_pass<Pass, T>(pass, threads);
+}
+
 template <typename T>
 void attention_forward(const AttentionForward<T>& call, Threads threads) {
-  AttentionForwardPass<T> pass(call, threads.count);
-  run_pass<AttentionForwardPass<T>, T>(pass, threads);
+  if (AttentionFewQueriesPass<T>::serves(Attention<T, AttentionForward<T>>(call)))
+    run_attention<AttentionFewQueriesPass<T>, T>(call, threads);
+  else
+    run_attention<AttentionForwardPass<T>, T>(call, threads);
 }
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& call, Threads threads) {
-  AttentionBackwardPass<T> pass(call, threads.count);
-  run_pass<AttentionBackwardPass<T>, T>(pass, threads);
+  run_attention<AttentionBackwardPass<T>, T>(call, threads);
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -238,6 +238,50 @@ FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
   return x < low ? Vec<T>{} : scale * part + scale;
 }
 
+// 2^x = 2^n 2^r with n whole and |r| <= 1/2. The polynomial interpolates at Chebyshev nodes; its relative error is in
+// the comment.
+template <typename T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {  // 1.0e-7
+  static constexpr float kCoefficients[] = {1.00000007545f,   0.693147188026f,   0.240221074853f,
+                                            0.0555035711422f, 0.00967603191832f, 0.00133908633647f};
+  static constexpr float kRound = 12582912.0f + 127.0f;  // leaves n and the exponent's bias in the low bits
+  static constexpr float kLeast = -126.0f;
+};
+
+template <>
+struct Exp2<double> {  // 4.2e-18
+  static constexpr double kCoefficients[] = {
+      0.99999999999999999693,   0.69314718055994530925,   0.24022650695910159567,    0.055504108664821627039,
+      0.0096181291075872566681, 0.0013333558146406470697, 0.00015403530463724354209, 0.000015252733841556772589,
+      1.3215432535912376166e-6, 1.0178057087733941105e-7, 7.0741942972885210056e-9,  4.455817908336064493e-10};
+  static constexpr double kRound = 6755399441055744.0 + 1023.0;
+  static constexpr double kLeast = -1022.0;
+};
+
+// 2^x for x <= 0, within 3 ulp; below kLeast it is 0, or 2^kLeast where nobody minds.
+template <typename T, bool kMayVanish>
+FASTSEQ_INLINE Vec<T> exp2(Vec<T> x) {
+  using C = Exp2<T>;
+  using IntVec = typename Simd<T>::IntVec;
+  constexpr int kDegree = sizeof(C::kCoefficients) / sizeof(T) - 1;
+  const Vec<T> least = C::kLeast - Vec<T>{}, bounded = larger<T>(least, x);
+  const Vec<T> shifted = bounded + C::kRound;
+  const Vec<T> r = bounded - (shifted - C::kRound);
+  Vec<T> q = C::kCoefficients[kDegree] - Vec<T>{};
+  for (int i = kDegree - 1; i >= 0; --i) q = q * r + C::kCoefficients[i];
+  IntVec bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits <<= Expm1<T>::kMantissa;
+  Vec<T> scale;
+  memcpy(&scale, &bits, sizeof scale);
+  q *= scale;
+  if constexpr (kMayVanish) return x < least ? Vec<T>{} : q;
+  return q;
+}
+
 // Within 3 ulp of the exact value where that is at least exp(-kLimit).
 template <typename T>
 FASTSEQ_INLINE Vec<T> sigmoid(Vec<T> x) {
