@@ -96,6 +96,14 @@ struct Attention : Call {
     return count;
   }
 
+  // How many keys of a tile products with row r of queries [i, end) look at, in whole panels: up to the last one that
+  // any row of its tile sees, and what a tile of transposed rows takes more.
+  int64_t seen_width(const Sequence& seq, int64_t i, int64_t end, int64_t r, const Keys& keys) const {
+    const int64_t last = std::min(end, i + r / kTileRows * kTileRows + kTileRows) - 1;
+    const int64_t count = end_key(seq, last) - keys.first;
+    return count <= 0 ? 0 : std::min(keys.width(), Keys{0, count + kTileRows - 1}.width());
+  }
+
   // Whether softmax can take the products of a tile as they are.
   bool is_whole(const Sequence& seq, int64_t l, int64_t end, const Keys& keys) const {
     return bare && keys.count == keys.width() && keys.first >= first_key(seq, end - 1) &&
@@ -261,6 +269,10 @@ struct AttentionRows : Attention<T, AttentionForward<T>> {
   FASTSEQ_INLINE T raise(Progress& my, int64_t row, T top) const {
     const T before = my.largest[row], base = top == Base::kMinusInfinity ? T(0) : top;
     if (top == before) return base;
+    if (before == Base::kMinusInfinity) {  // nothing has been summed up
+      my.largest[row] = top;
+      return base;
+    }
     const T shrink = exp<T>((before - base) - Vec<T>{})[0];
     my.largest[row] = top;
     my.weight[row] *= shrink;
@@ -398,7 +410,7 @@ struct AttentionForwardPass : AttentionRows<T> {
   // Adds a tile of keys to queries [i, end), of a packing that begins at key `packed`; l is the chunk's first query.
   void add_tile(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t i, int64_t end, int64_t packed,
                 const Keys& keys) const {
-    const int64_t rows = end - i, filled = keys.width();
+    const int64_t rows = end - i;
     if (!this->weights) {
       if (keys.first >= this->end_key(seq, end - 1) || keys.end() <= this->first_key(seq, i)) return;
       if (this->padded_keys(seq, keys) == keys.count || this->masked_out(seq, h, i, end, keys)) return;
@@ -410,10 +422,12 @@ struct AttentionForwardPass : AttentionRows<T> {
       T* score = my.scores + r * kTileKeys;
       if (!whole) this->finish_scores(seq, h, i + r, keys, score);
       if (this->weights) memcpy(weights_row(my, seq, h, l, i + r) + keys.first, score, keys.count * sizeof(T));
-      this->softmax(my.rows, i + r - l, score, filled, whole);
+      const int64_t seen = whole ? keys.width() : this->seen_width(seq, i, end, r, keys);
+      if (seen == 0) continue;
+      this->softmax(my.rows, i + r - l, score, seen, whole);
       if (this->dropped) {
         this->draw_kept(seq, h, i + r, keys.first, my.factors);
-        for (int64_t j = 0; j < filled; ++j) score[j] *= my.factors[j];
+        for (int64_t j = 0; j < seen; ++j) score[j] *= my.factors[j];
       }
     }
     add_values(my, seq, l, i, rows, packed, keys, whole || my.finite[(keys.first - packed) / kTileKeys]);
@@ -785,7 +799,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
                         my.scores);
     this->multiply_keys(seq, i, rows, keys, {this->dout.row(seq.sample, h, seq.q0 + i), this->dout.l}, Ev,
                         my.v_transposed, my.dscores);
-    for (int64_t r = 0; r < rows; ++r) row_backward(my, seq, h, g, i + r, keys, with_keys, r);
+    for (int64_t r = 0; r < rows; ++r)
+      row_backward(my, seq, h, g, i + r, keys, with_keys, r, this->seen_width(seq, i, end, r, keys));
     if (with_keys && (this->dk.data || this->dv.data)) {
       for (int64_t j = 0; j < keys.count; j += kTileRows) {
         const int64_t height = std::min<int64_t>(kTileRows, keys.count - j), s = keys.first + j;
@@ -823,9 +838,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
 
   // Row r of the tile: scores become weights, and products with values the gradient of products with keys.
   void row_backward(Desk& my, const Sequence& seq, int64_t h, int64_t g, int64_t l, const Keys& keys, bool with_bias,
-                    int64_t r) const {
+                    int64_t r, int64_t filled) const {
     T *score = my.scores + r * kTileKeys, *d = my.dscores + r * kTileKeys;
-    const int64_t filled = keys.width();
     for (int64_t j = 0; j < filled; j += kLanes<T>) store(score + j, load(score + j) * this->scale);
     this->finish_scores(seq, h, l, keys, score, this->softcap ? my.slope : nullptr);
     const T lse = this->lse[lse_at(seq, h, l)], base = lse == Base::kMinusInfinity ? T(0) : lse;
@@ -842,10 +856,11 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     }
     if (this->dbias && with_bias) {
       T* to = this->dbias + seq.sample * this->d_n + h * this->d_h + l * this->d_l + keys.first * this->d_s;
+      const int64_t count = std::min(keys.count, filled);
       if (this->d_s)
-        for (int64_t j = 0; j < keys.count; ++j) to[j] += d[j];
+        for (int64_t j = 0; j < count; ++j) to[j] += d[j];
       else
-        for (int64_t j = 0; j < keys.count; ++j) *to += d[j];
+        for (int64_t j = 0; j < count; ++j) *to += d[j];
     }
     for (int64_t j = 0; j < filled; j += kLanes<T>) {
       const Vec<T> ds = load(d + j) * this->scale;
