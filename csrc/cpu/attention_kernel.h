@@ -301,6 +301,7 @@ struct AttentionForwardPass : AttentionRows<T> {
   using typename Base::Sequence;
 
   static constexpr int64_t kMostTiles = 64;  // of a packing
+  enum class Finite : char { kUnknown, kYes, kNo };
 
   bool average = this->wanted == Weights::kAverage;
   int64_t chunk, chunks;  // queries of a task, and tasks of a sequence and head
@@ -324,12 +325,12 @@ struct AttentionForwardPass : AttentionRows<T> {
 
   // A member's scratch.
   struct Desk {
-    Progress rows;            // of a chunk
-    T *k, *v;                 // keys and values, packed
-    T *scores, *factors;      // of a tile; dropout's of a row
-    T* raw;                   // all scores of a chunk, for the average
-    int64_t keys;             // packed now
-    bool finite[kMostTiles];  // whether the values of each tile are
+    Progress rows;              // of a chunk
+    T *k, *v;                   // keys and values, packed
+    T *scores, *factors;        // of a tile; dropout's of a row
+    T* raw;                     // all scores of a chunk, for the average
+    int64_t keys;               // packed now
+    Finite finite[kMostTiles];  // whether the values of each tile are
   };
 
   Desk desk(Pieces<T>& pieces) const {
@@ -397,14 +398,21 @@ struct AttentionForwardPass : AttentionRows<T> {
     };
     const Columns<T> columns{Ev};
     pack_rows<T>(columns, 0, columns.panels(), value, my.keys, my.v);
-    for (int64_t t = 0; t * kTileKeys < my.keys; ++t) {
-      const int64_t from = t * kTileKeys, to = std::min(my.keys, from + kTileKeys);
+    std::fill_n(my.finite, kMostTiles, Finite::kUnknown);
+  }
+
+  // Whether the values of a tile of packed keys are finite. Looked up when somebody first leaves one of them out.
+  bool is_finite(Desk& my, int64_t tile) const {
+    Finite& finite = my.finite[tile];
+    if (finite == Finite::kUnknown) {
+      const int64_t from = tile * kTileKeys, to = std::min(my.keys, from + kTileKeys);
       Vec<T> product{};
-      for (int64_t p = 0; p < columns.panels(); ++p)
+      for (int64_t p = 0; p < value_width / kPanel<T>; ++p)
         for (int64_t u = (p * my.keys + from) * kPanel<T>; u < (p * my.keys + to) * kPanel<T>; u += kLanes<T>)
           product += load(my.v + u) * T(0);
-      my.finite[t] = sum<T>(product) == 0;
+      finite = sum<T>(product) == 0 ? Finite::kYes : Finite::kNo;
     }
+    return finite == Finite::kYes;
   }
 
   // Adds a tile of keys to queries [i, end), of a packing that begins at key `packed`; l is the chunk's first query.
@@ -430,7 +438,7 @@ struct AttentionForwardPass : AttentionRows<T> {
         for (int64_t j = 0; j < seen; ++j) score[j] *= my.factors[j];
       }
     }
-    add_values(my, seq, l, i, rows, packed, keys, whole || my.finite[(keys.first - packed) / kTileKeys]);
+    add_values(my, seq, l, i, rows, packed, keys, whole || is_finite(my, (keys.first - packed) / kTileKeys));
   }
 
   void add_values(Desk& my, const Sequence& seq, int64_t l, int64_t i, int64_t rows, int64_t packed, const Keys& keys,
