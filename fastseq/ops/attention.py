@@ -169,6 +169,7 @@ CASES = [
     Case(3, 2, 63, 65, 80, Ev=40, right=0),
     Case(1, 2, 300, 200, 17, right=0, bottom_right=True),  # whose first rows see nothing
     Case(1, 2, 200, 300, 17, right=0, bottom_right=True),
+    Case(1, 2, 150, 150, 16, left=40, right=3, softcap=1.5),
     Case(1, 1, 140, 600, 128, left=64, right=0, bottom_right=True),
     Case(2, 6, 40, 50, 33, Hk=3),
     Case(2, 6, 5, 513, 33, Hk=2, right=0, bottom_right=True),
@@ -213,6 +214,10 @@ def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(got, want.to(dtype), rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
 
 
+def _needs_width(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> str | None:
+    return None if query.shape[3] and value.shape[3] else "it needs at least one feature of a head"
+
+
 TABLE = register(
     Op(
         "attention",
@@ -222,6 +227,7 @@ TABLE = register(
                 "fastseq_native::attention",
                 devices=frozenset({"cpu"}),
                 dtypes=FLOATS,
+                needs=_needs_width,
                 verified=frozenset({"avx2", "portable"}),
             ),
             Impl("reference", reference.__name__),
@@ -299,6 +305,8 @@ class _Function(torch.autograd.Function):
         ctx.plain, ctx.options = plain, args[9:]
         ctx.save_for_backward(*args[:9], out, lse)
         ctx.set_materialize_grads(False)
+        if args[-1] == NO_WEIGHTS:
+            ctx.mark_non_differentiable(weights)
         return out, lse, weights
 
     @staticmethod

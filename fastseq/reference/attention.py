@@ -56,7 +56,7 @@ def dropped_of(p: float) -> int:
 
 
 def keep(seed: Tensor, sizes: tuple[int, int, int, int], p: float, device: torch.device) -> Tensor:
-    """[N, H, L, S] what a weight is multiplied by: 0, or one over the probability of being kept."""
+    """[N, H, L, S] in float64, what a weight is multiplied by: 0, or one over the probability of being kept."""
     N, H, L, S = sizes
     blocks = (S + 127) // 128
     words: list[Tensor] = [
@@ -80,7 +80,7 @@ def keep(seed: Tensor, sizes: tuple[int, int, int, int], p: float, device: torch
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
     drawn = halves.view(N, H, L, blocks, 16, 8).transpose(-1, -2).flatten(-3)[..., :S]
     dropped = dropped_of(p)
-    return (drawn >= dropped) * (65536 / (65536 - dropped) if dropped < 65536 else 0.0)
+    return (drawn >= dropped).double() * (65536 / (65536 - dropped) if dropped < 65536 else 0.0)
 
 
 def forward(
