@@ -127,7 +127,7 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
         return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
     assert isinstance(module, Served)
     weight = next(module.parameters())
-    op, device, dtype = module.op.table, weight.device.type, computes_in(weight.dtype)
+    op, device, dtype = module.table, weight.device.type, computes_in(weight.dtype)
     try:
         chosen = op.candidates(device, dtype)[0]
     except BackendError as error:  # an implementation is asked for by name and cannot serve
