@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function
 from fastseq.nn.serving import Served, are_sound, computes_in, why_torch
 from fastseq.ops.attention import AVERAGE, EACH_HEAD, NO_WEIGHTS, TABLE, Arguments, attention
 from fastseq.ops.contract import autocast_dtype
-from fastseq.registry import Op
+from fastseq.registry import HALF, Op
 
 # The module's own, as `_Weights` begins.
 _NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
@@ -97,20 +97,18 @@ class _Call(NamedTuple):
         out, _, shares = attention(arguments, wanted)
         if compute != given:
             out, shares = out.to(given), shares.to(given)
-        out = out.transpose(1, 2) if self._is_batch_first() else out.permute(2, 0, 1, 3)
-        out = F.linear(out.reshape(-1, query.shape[-1]), self.weights.out, self.weights.out_bias).view(query.shape)
+        out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3).contiguous()
+        out = F.linear(out.reshape(query.shape), self.weights.out, self.weights.out_bias)
         if not self.need_weights:
             return out, None
         return out, shares if query.dim() == 3 else shares.squeeze(0)
 
-    def _is_batch_first(self) -> bool:
-        return self.batch_first or self.query.dim() == 2  # whose N is 1
-
     def _sizes(self, x: Tensor) -> tuple[int, int]:
         """N and the number of places."""
-        if x.dim() == 2:
-            return 1, x.shape[0]
-        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
+        shape = x.shape
+        if len(shape) == 2:
+            return 1, shape[0]
+        return (shape[0], shape[1]) if self.batch_first else (shape[1], shape[0])
 
     def _is_sound(self, autocast: bool) -> bool:
         """Whether the arguments are as torch's checks and the op want them."""
@@ -118,14 +116,13 @@ class _Call(NamedTuple):
         rank, dtype, device = query.dim(), query.dtype, query.device
         if rank not in (2, 3) or not dtype.is_floating_point:
             return False
-        for x in (query, key, value):
+        for x in (query,) if query is key is value else (query, key, value):
             if not _is_readable(x, device) or x.dim() != rank or 0 in x.shape:
                 return False
             if x.dtype != dtype and not (autocast and x.dtype.is_floating_point):
                 return False
-        N, L = self._sizes(query)
-        S, E = self._sizes(key)[1], query.shape[-1]
-        if H < 1 or E % H or not (self._sizes(key) == self._sizes(value) == (N, S)):
+        (N, L), (rows, S), E = self._sizes(query), self._sizes(key), query.shape[-1]
+        if H < 1 or E % H or rows != N or key.shape[:-1] != value.shape[:-1]:
             return False
         if not are_sound([w for w in weights if w is not None], dtype, device, autocast):
             return False
@@ -133,22 +130,18 @@ class _Call(NamedTuple):
             return False
 
         mask, padding = self.attn_mask, self.key_padding_mask
-        if mask is None and padding is None:
-            return not self.is_causal  # which is a hint about attn_mask
-        masks = [torch.bool, dtype]
-        if not self.need_weights:
-            masks.append(torch.float32)
+        if mask is None and (self.is_causal or padding is None):
+            return not self.is_causal  # which says something about attn_mask
+        dtypes = {torch.bool, dtype}
         if autocast:
-            masks += [torch.float32, torch.bfloat16, torch.float16]
-        if mask is None:
-            if self.is_causal:
-                return False
-        elif not _is_readable(mask, device) or mask.dtype not in masks or mask.shape not in ((L, S), (N * H, L, S)):
-            return False
-        if padding is not None:
-            shape = (N, S) if rank == 3 else (S,)
-            return _is_readable(padding, device) and padding.dtype in masks and padding.shape == shape
-        return True
+            dtypes |= HALF | {torch.float32}
+        elif not self.need_weights:  # torch's product that gives weights takes its own dtype only
+            dtypes.add(torch.float32)
+
+        def fits(mask: Any, *shapes: tuple[int, ...]) -> bool:
+            return mask is None or (_is_readable(mask, device) and mask.dtype in dtypes and mask.shape in shapes)
+
+        return fits(mask, (L, S), (N * H, L, S)) and fits(padding, (N, S) if rank == 3 else (S,))
 
     def _heads(self, dtype: torch.dtype) -> list[Tensor]:
         """Query, key and value, projected, as [N, H, places, E/H]: views of as few products as they allow."""
@@ -157,7 +150,8 @@ class _Call(NamedTuple):
         matrices = weights[1:4] if weights.qkv is None else _split(weights.qkv, counts)
         heads: list[Tensor] = []
         for x, matrix, bias, count in zip(self, matrices, _split(weights.bias, counts), counts, strict=False):
-            y = F.linear(x, matrix, bias).to(dtype)
+            y = F.linear(x, matrix, bias)
+            y = y if y.dtype == dtype else y.to(dtype)
             # Not slices, whose gradients would each be as large as y.
             heads += y.view(*x.shape[:-1], count, H, -1).unbind(-3) if count > 1 else [y.view(*x.shape[:-1], H, -1)]
         if weights.k_row is not None or self.add_zero_attn:
