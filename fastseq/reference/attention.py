@@ -169,7 +169,8 @@ def _dense(
     # Not a sum with -inf, which a NaN in a key that is left out would survive.
     scores = torch.where(seen, scores, -math.inf)
     lse = torch.where(anything, scores, 0.0).logsumexp(-1, keepdim=True)
-    weights = torch.exp(scores - lse)
+    # exp(scores - lse) would lose as many digits as lse has before its point.
+    weights = torch.where(seen, torch.where(anything, scores, 0.0).softmax(-1), 0.0)
     lse = torch.where(anything, lse, -math.inf).squeeze(-1)
     if keeps is not None:
         weights = weights * keeps.to(weights.dtype)
