@@ -814,6 +814,25 @@ def test_scripting_takes_torchs_module(options: dict) -> None:
     assert type(fastseq.accelerate(block).attention) is fastseq.nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("options", [dict(batch_first=True), dict(add_bias_kv=True, add_zero_attn=True)], ids=str)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing(options: dict) -> None:
+    _, ours = pair(**options)
+
+    class Block(nn.ModuleList):
+        def forward(self, x: Tensor, pads: Tensor) -> tuple[Tensor, Tensor]:
+            return self[0](x, x, x, key_padding_mask=pads)
+
+    def given(places: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(N, places, E)
+        return x if ours.batch_first else x.transpose(0, 1), boolean(N, places)
+
+    traced = torch.jit.trace(Block([ours]), given(L), check_trace=False)
+    for places in (L, 9):
+        x, pads = given(places)
+        torch.testing.assert_close(traced(x, pads), ours(x, x, x, key_padding_mask=pads))
+
+
 def test_double_backward(ours_serves: None) -> None:
     _, ours = pair(dtype=torch.float64, add_bias_kv=True)
     args = leaves(inputs(ours))

@@ -145,18 +145,21 @@ class _Call(NamedTuple):
 
     def _heads(self, dtype: torch.dtype) -> list[Tensor]:
         """Query, key and value, projected, as [N, H, places, E/H]: views of as few products as they allow."""
-        key, value, weights, H = self[1:5]
-        counts = (1, 1, 1) if key is not value or weights.qkv is None else (1, 2) if key is not self.query else (3,)
+        query, key, value, weights, H = self[:5]
+        counts: tuple[int, ...] = (1, 1, 1)
+        if key is value and weights.qkv is not None:
+            counts = (3,) if query is key else (1, 2)
         matrices = weights[1:4] if weights.qkv is None else _split(weights.qkv, counts)
         heads: list[Tensor] = []
-        for x, matrix, bias, count in zip(self, matrices, _split(weights.bias, counts), counts, strict=False):
+        inputs = (query, key, value)[: len(counts)]
+        for x, matrix, bias, count in zip(inputs, matrices, _split(weights.bias, counts), counts, strict=True):
             y = F.linear(x, matrix, bias)
             y = y if y.dtype == dtype else y.to(dtype)
             # Not slices, whose gradients would each be as large as y.
             heads += y.view(*x.shape[:-1], count, H, -1).unbind(-3) if count > 1 else [y.view(*x.shape[:-1], H, -1)]
         if weights.k_row is not None or self.add_zero_attn:
             heads[1:] = [self._longer(t, row) for t, row in zip(heads[1:], weights[5:7], strict=True)]
-        if self.query.dim() == 2:
+        if query.dim() == 2:
             return [t.transpose(0, 1).unsqueeze(0) for t in heads]
         return [t.transpose(1, 2) if self.batch_first else t.permute(1, 2, 0, 3) for t in heads]
 
@@ -208,8 +211,9 @@ def _is_readable(x: Any, device: torch.device) -> bool:
 class MultiheadAttention(Served, torch.nn.MultiheadAttention):
     """Drop-in for `torch.nn.MultiheadAttention`: the same arguments, parameters, results and errors on a fused kernel.
 
-    What the kernel does not cover (see `why_torch`) takes torch's own path. Batched output is contiguous as [N, L, E]
-    if batch_first, else as [L, N, E], where torch's strides depend on its path.
+    What the kernel does not cover (see `why_torch`) takes torch's own path. Half precision is projected as it is, and
+    attends in float32. Batched output is contiguous, as [N, L, E] if batch_first, else as [L, N, E]; torch's strides
+    depend on its path. Dropout follows torch's default generator of the CPU, with other draws than torch's.
 
     Where torch contradicts itself:
 
