@@ -27,6 +27,10 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
+def device_of(impl: Impl) -> str:
+    return "cuda" if impl.devices == {"cuda"} else "cpu"
+
+
 def require(op: Op, impl: Impl, device: str, dtype: torch.dtype) -> None:
     """Skips the test, with the reason, if the implementation cannot serve here; fails if FASTSEQ_REQUIRE names it."""
     reason = op.reason_against(impl, device, dtype)

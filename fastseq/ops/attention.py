@@ -2,6 +2,7 @@
 `fastseq.reference.attention`.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -168,6 +169,7 @@ CASES = [
     Case(3, 2, 63, 65, 80, Ev=40, right=0),
     Case(1, 2, 300, 200, 17, right=0, bottom_right=True),  # whose first rows see nothing
     Case(1, 2, 200, 300, 17, right=0, bottom_right=True),
+    Case(1, 2, 150, 150, 16, left=40, right=3, softcap=1.5),
     Case(1, 1, 140, 600, 128, left=64, right=0, bottom_right=True),
     Case(2, 6, 40, 50, 33, Hk=3),
     Case(2, 6, 5, 513, 33, Hk=2, right=0, bottom_right=True),
@@ -212,6 +214,10 @@ def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(got, want.to(dtype), rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
 
 
+def _needs_width(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> str | None:
+    return None if query.shape[3] and value.shape[3] else "it needs at least one feature of a head"
+
+
 TABLE = register(
     Op(
         "attention",
@@ -221,6 +227,7 @@ TABLE = register(
                 "fastseq_native::attention",
                 devices=frozenset({"cpu"}),
                 dtypes=FLOATS,
+                needs=_needs_width,
                 verified=frozenset({"avx2", "portable"}),
             ),
             Impl("reference", reference.__name__),
@@ -298,6 +305,8 @@ class _Function(torch.autograd.Function):
         ctx.plain, ctx.options = plain, args[9:]
         ctx.save_for_backward(*args[:9], out, lse)
         ctx.set_materialize_grads(False)
+        if args[-1] == NO_WEIGHTS:
+            ctx.mark_non_differentiable(weights)
         return out, lse, weights
 
     @staticmethod
@@ -395,22 +404,34 @@ def scaled_dot_product_attention(
         ValueError, TypeError: for the arguments by keyword, with the argument's name.
     """
     low = autocast_dtype(query) if isinstance(query, Tensor) else None
-    if not _is_sound(query, key, value, attn_mask, enable_gqa, low is not None):
+    sound = _is_sound(query, key, value, attn_mask, enable_gqa, low is not None)
+    if not sound or not _are_options(dropout_p, is_causal, scale, enable_gqa):
         # torch's own checks say what is wrong in torch's own words.
-        causal = is_causal and attn_mask is None
+        causal = is_causal if attn_mask is None else False
         F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=enable_gqa
         )
-        raise ValueError("query, key, value and attn_mask do not fit together")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+        if not sound:
+            raise ValueError("query, key, value and attn_mask must be plain floating tensors that fit together")
+        if not 0 <= dropout_p <= 1:  # torch lets some pass
+            raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     lead, (q, k, v) = _four_dimensional(query, key, value)
     N, H, L, S = *q.shape[:3], k.shape[2]
     left, right = _window(window_size, is_causal)
-    if softcap < 0:
-        raise ValueError(f"softcap must not be negative, got {softcap}")
+    if not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a number, got {softcap!r}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and not negative, got {softcap}")
     if average_weights and not return_weights:
         raise ValueError("average_weights says which weights to return: it needs return_weights")
+    for name, given in (
+        ("alibi_slopes", alibi_slopes),
+        ("key_padding_mask", key_padding_mask),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+    ):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
     if alibi_slopes is not None and alibi_slopes.shape != (H,):
         raise ValueError(f"alibi_slopes must be [{H}], one for each head of query, got {list(alibi_slopes.shape)}")
     if cu_seqlens_k is None:
@@ -425,11 +446,11 @@ def scaled_dot_product_attention(
             raise ValueError("return_weights cannot be given with cu_seqlens_q")
         if N != 1:
             raise ValueError(f"with cu_seqlens_q, query must be [H, all queries, E], got {list(query.shape)}")
+        cu_seqlens_q = _checked_ends("cu_seqlens_q", cu_seqlens_q, L)
+        cu_seqlens_k = _checked_ends("cu_seqlens_k", cu_seqlens_k, S)
         if len(cu_seqlens_q) != len(cu_seqlens_k):
             got = f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
             raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have as many entries as one another, got {got}")
-        cu_seqlens_q = _checked_ends("cu_seqlens_q", cu_seqlens_q, L)
-        cu_seqlens_k = _checked_ends("cu_seqlens_k", cu_seqlens_k, S)
     if key_padding_mask is not None:
         batch = lead[:-1] if len(lead) > 1 else ()
         expected = (*batch, S)
@@ -439,7 +460,7 @@ def scaled_dot_product_attention(
         key_padding_mask = key_padding_mask.reshape(N, S)
 
     compute = torch.float32 if low is not None or query.dtype in HALF else query.dtype
-    seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
+    seed = torch.randint(2**63 - 1, (), device="cpu") if dropout_p > 0 else None
     arguments = Arguments(
         q.to(compute),
         k.to(compute),
@@ -476,16 +497,17 @@ def _is_sound(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool, aut
             return False
     if min(query.dim(), key.dim(), value.dim()) < 2 or not query.dtype.is_floating_point:
         return False
-    if not autocast and not query.dtype == key.dtype == value.dtype:
+    tensors = (query, key, value)
+    if not (all(map(_is_lowered, tensors)) if autocast else query.dtype == key.dtype == value.dtype):
         return False
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         return False
-    leads = [t.shape[:-2] for t in (query, key, value)]
+    leads = [t.shape[:-2] for t in tensors]
     if enable_gqa:
         if min(query.dim(), key.dim(), value.dim()) < 3:
             return False
         heads = [lead[-1] for lead in leads]
-        if 0 in heads or heads[0] % heads[1] or heads[0] % heads[2]:
+        if heads != [0, 0, 0] and (0 in heads or heads[0] % heads[1] or heads[0] % heads[2]):
             return False
         leads = [lead[:-1] for lead in leads]
     lead = _broadcast(*leads)
@@ -493,10 +515,26 @@ def _is_sound(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool, aut
         return lead is not None
     if enable_gqa:
         lead = (*lead, query.shape[-3])
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not autocast:
+    if not (mask.dtype in (torch.bool, torch.float32, query.dtype) or (autocast and _is_lowered(mask))):
         return False
     shape = (*lead, query.shape[-2], key.shape[-2])
     return _broadcast(mask.shape, shape) == shape
+
+
+def _is_lowered(t: Tensor) -> bool:
+    """Whether autocast changes its dtype."""
+    return t.dtype.is_floating_point and t.dtype != torch.float64
+
+
+def _are_options(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
+    """Whether torch's function surely takes these."""
+    return (
+        isinstance(dropout_p, (int, float))
+        and 0 <= dropout_p <= 1
+        and isinstance(is_causal, bool)
+        and (scale is None or isinstance(scale, (int, float)))
+        and isinstance(enable_gqa, bool)
+    )
 
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -532,15 +570,18 @@ def _mask(mask: Tensor | None, lead: tuple[int, ...], dtype: torch.dtype) -> Ten
     if mask.dtype != torch.bool:
         mask = mask.to(dtype)
     mask = mask[(None,) * max(0, 4 - mask.dim())]
-    if mask.dim() > 4:
-        batch = mask.shape[:-3]
-        mask = mask.expand(*(lead[:-1] if any(size > 1 for size in batch) else batch), *mask.shape[-3:])
-        mask = mask.flatten(0, -4)
+    batch, own = lead[:-1], mask.shape[:-3]
+    if len(batch) > 1:
+        mask = mask.expand(*(batch if any(size != 1 for size in own) else own), *mask.shape[-3:]).flatten(0, -4)
     return mask
 
 
 def _window(window_size: tuple[int, int], is_causal: bool) -> tuple[int, int]:
-    left, right = window_size
+    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not pair or not all(isinstance(w, (int, torch.SymInt)) for w in window_size):
+        raise TypeError(f"window_size must be (left, right), two integers, got {window_size!r}")
+    # Nothing is farther away, and sums with places do not overflow.
+    left, right = (min(w, 2**62) for w in window_size)
     if left < -1 or right < -1:
         raise ValueError(f"window_size must be (left, right), each at least -1, got {tuple(window_size)}")
     return left, 0 if is_causal else right

@@ -16,6 +16,7 @@ Heads of query share heads of key and value in groups of neighbours (Ainslie et 
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def dropped_of(p: float) -> int:
 
 
 def keep(seed: Tensor, sizes: tuple[int, int, int, int], p: float, device: torch.device) -> Tensor:
-    """[N, H, L, S] what a weight is multiplied by: 0, or one over the probability of being kept."""
+    """[N, H, L, S] in float64, what a weight is multiplied by: 0, or one over the probability of being kept."""
     N, H, L, S = sizes
     blocks = (S + 127) // 128
     words: list[Tensor] = [
@@ -77,9 +78,9 @@ def keep(seed: Tensor, sizes: tuple[int, int, int, int], p: float, device: torch
         ]
         keys = [(k + w) & _LOW for k, w in zip(keys, _WEYL, strict=True)]
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
-    drawn = halves.view(N, H, L, blocks, 16, 8).transpose(-1, -2).reshape(N, H, L, -1)[..., :S]
+    drawn = halves.view(N, H, L, blocks, 16, 8).transpose(-1, -2).flatten(-3)[..., :S]
     dropped = dropped_of(p)
-    return (drawn >= dropped) * (65536 / (65536 - dropped) if dropped < 65536 else 0.0)
+    return (drawn >= dropped).double() * (65536 / (65536 - dropped) if dropped < 65536 else 0.0)
 
 
 def forward(
@@ -101,36 +102,23 @@ def forward(
     return_weights: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastseq.ops.attention.Arguments` and `Outputs`."""
-    keeps = None
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        outs, lses = [], []
-        for n, (q, k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
-            if dropout_p > 0:
-                assert seed is not None
+    shared: Any = (slopes, scale, softcap, left, right, bottom_right)
+    with _as_given(query.device):
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            # Of no sequence at all, in case there is none.
+            parts = [_dense(query[:, :, :0], key[:, :, :0], value[:, :, :0], None, None, None, *shared)]
+            for n, (q, k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
                 sizes = (n + 1, query.shape[1], q.stop - q.start, k.stop - k.start)
-                keeps = keep(seed, sizes, dropout_p, query.device)[n:]
-            shared: Any = (None, None, slopes, keeps, scale, softcap, left, right, bottom_right)
-            out, lse, _ = _dense(query[:, :, q], key[:, :, k], value[:, :, k], *shared)
-            outs.append(out)
-            lses.append(lse)
-        if not outs:
-            return (
-                query.new_zeros(*query.shape[:-1], value.shape[-1]),
-                query.new_zeros(query.shape[:-1]),
-                query.new_zeros(0),
-            )
-        return torch.cat(outs, 2), torch.cat(lses, 2), query.new_zeros(0)
-    if dropout_p > 0:
-        assert seed is not None
-        N, H, L = query.shape[:3]
-        keeps = keep(seed, (N, H, L, key.shape[2]), dropout_p, query.device)
-    shared = (mask, key_padding, slopes, keeps, scale, softcap, left, right, bottom_right)
-    out, lse, weights = _dense(query, key, value, *shared)
-    if return_weights == 0:
-        weights = query.new_zeros(0)
-    elif return_weights == 2:
-        weights = weights.mean(1)
-    return out, lse, weights
+                keeps = None if seed is None else keep(seed, sizes, dropout_p, query.device)[n:]
+                parts.append(_dense(query[:, :, q], key[:, :, k], value[:, :, k], None, None, keeps, *shared))
+            out, lse = (torch.cat([part[i] for part in parts], 2) for i in range(2))
+            weights = query.new_zeros(0)
+        else:
+            sizes = (*query.shape[:3], key.shape[2])
+            keeps = None if seed is None else keep(seed, sizes, dropout_p, query.device)
+            out, lse, weights = _dense(query, key, value, mask, key_padding, keeps, *shared)
+            weights = query.new_zeros(0) if return_weights == 0 else weights.mean(1) if return_weights == 2 else weights
+        return _laid_out_like(out, query), lse, weights
 
 
 def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -147,41 +135,42 @@ def _dense(
     value: Tensor,
     mask: Tensor | None,
     key_padding: Tensor | None,
-    slopes: Tensor | None,
     keeps: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     softcap: float,
     left: int,
     right: int,
     bottom_right: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    L, S = query.shape[2], key.shape[2]
-    group = query.shape[1] // max(key.shape[1], 1)
+    N, H, L, S = *query.shape[:3], key.shape[2]
+    seen = torch.ones((), dtype=torch.bool, device=query.device)
+    if (bounded := visible(L, S, left, right, bottom_right, query.device)) is not None:
+        seen = bounded
+    if key_padding is not None:
+        seen = seen & ~key_padding[:, None, None]
+    if mask is not None:
+        seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
+    seen = seen.expand(N, H, L, S)
+    group = H // max(key.shape[1], 1)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    if key_padding is not None:  # whatever stands there
-        left_out = key_padding[:, None, :, None]
-        key, value = key.masked_fill(left_out, 0.0), value.masked_fill(left_out, 0.0)
+    # Whatever stands where no query looks: in gradients, too, 0 * inf would be NaN.
+    unseen = ~seen.any(2).unsqueeze(-1)
+    key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
     scores = query @ key.transpose(-1, -2) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         distance = _ahead(L, S, bottom_right, query.device).abs().to(query.dtype)
         scores = scores - slopes.to(query.dtype).view(-1, 1, 1) * distance
-    seen = visible(L, S, left, right, bottom_right, query.device)
-    seen = torch.ones((), dtype=torch.bool, device=query.device) if seen is None else seen
-    if key_padding is not None:
-        seen = seen & ~key_padding[:, None, None]
-    if mask is not None and mask.dtype == torch.bool:
-        seen = seen & mask
-    elif mask is not None:
-        seen = seen & (mask != -math.inf)
+    if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
-    seen = seen.expand(scores.shape)
     anything = seen.any(-1, keepdim=True)
     # Not a sum with -inf, which a NaN in a key that is left out would survive.
     scores = torch.where(seen, scores, -math.inf)
     lse = torch.where(anything, scores, 0.0).logsumexp(-1, keepdim=True)
-    weights = torch.exp(scores - lse)
+    # exp(scores - lse) would lose as many digits as lse has before its point.
+    weights = torch.where(seen, torch.where(anything, scores, 0.0).softmax(-1), 0.0)
     lse = torch.where(anything, lse, -math.inf).squeeze(-1)
     if keeps is not None:
         weights = weights * keeps.to(weights.dtype)
@@ -191,6 +180,20 @@ def _dense(
     out = weights @ torch.where(finite, value, 0.0)
     out = torch.where(reached, weights @ value, out)
     return out, lse, weights
+
+
+def _laid_out_like(t: Tensor, example: Tensor) -> Tensor:
+    """t with heads before or after the places in memory, as they are in the example."""
+    if example.stride(1) < example.stride(2):
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return t.contiguous()
+
+
+def _as_given(device: torch.device) -> AbstractContextManager:
+    """No autocast: the dtypes are what to compute in."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def backward(
@@ -216,29 +219,18 @@ def backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and mask, without elements where `needs` says no: those of `forward`."""
-    inputs = [None if t is None else t.detach() for t in (query, key, value, mask)]
-    wanted = [t.requires_grad_() for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    with torch.enable_grad():
-        query, key, value, mask = inputs  # type: ignore[assignment]
-        outputs = forward(
-            query,
-            key,
-            value,
-            mask,
-            key_padding,
-            slopes,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seed,
-            scale,
-            softcap,
-            dropout_p,
-            left,
-            right,
-            bottom_right,
-            0,
-        )
-        given = [(o, g) for o, g in zip(outputs, (dout, dlse), strict=False) if g is not None]
-        found = iter(torch.autograd.grad([o for o, _ in given], wanted, [g for _, g in given]) if wanted else ())
-    grads = [next(found) if need else out.new_empty(0) for need in needs]
-    return grads[0], grads[1], grads[2], grads[3]
+    tensors = [None if t is None else t.detach() for t in (query, key, value, mask)]
+    wanted = [t.requires_grad_() for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+    options = (slopes, cu_seqlens_q, cu_seqlens_k, seed, scale, softcap, dropout_p, left, right, bottom_right)
+    arguments: Any = (*tensors, key_padding, *options, 0)
+    with torch.enable_grad(), _as_given(query.device):
+        outputs = forward(*arguments)
+        # lse does not depend on value.
+        sent = [(o, g) for o, g in zip(outputs, (dout, dlse), strict=False) if g is not None and o.requires_grad]
+        given = ([o for o, _ in sent], wanted, [g for _, g in sent])
+        found = iter(torch.autograd.grad(*given, materialize_grads=True) if wanted else ())
+    dquery, dkey, dvalue = (
+        _laid_out_like(next(found), t) if need else out.new_empty(0)
+        for t, need in zip((query, key, value), needs, strict=False)
+    )
+    return dquery, dkey, dvalue, next(found).contiguous() if needs[3] else out.new_empty(0)
