@@ -936,14 +936,15 @@ def test_a_run_split_among_keys_equals_the_whole(cut: int) -> None:
 
 
 def assert_no_worse(function: Callable, exact: list[Tensor], leaves: list[Tensor]) -> None:
-    """Our error is at most twice that of torch's function in the same precision; dtypes are the same."""
+    """Our error is at most twice that of torch's function in the same precision, or rounds the result itself."""
     ours, theirs = (
         [out, *torch.autograd.grad(out, leaves, exact[0].detach().to(out.dtype))]
         for out in map(function, (sdpa, F.scaled_dot_product_attention))
     )
     for got, other, want in zip(ours, theirs, exact, strict=True):
         assert got.dtype == other.dtype
-        assert (got - want).abs().max() <= 2 * (other - want).abs().max()
+        errors = [(t - want).norm().item() for t in (got, other)]
+        assert errors[0] <= max(2 * errors[1], torch.finfo(got.dtype).eps * want.norm().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
@@ -991,16 +992,29 @@ def test_as_exact_as_torch() -> None:
     assert_no_worse(lambda function: function(*leaves, is_causal=True), [exact, *grads], leaves)
 
 
-@pytest.mark.parametrize("size", [1e3, 1e30, -1e30])
-def test_large_masks(size: float) -> None:
-    """The largest score is subtracted before anything is exponentiated: nothing overflows."""
-    leaves = [torch.randn(2, length, 4).requires_grad_() for length in (5, 300, 300)]
-    mask = torch.randn(5, 300)
-    mask[:, 200] += size
-    assert_torchs(*leaves, mask)
+@each_dtype
+@pytest.mark.parametrize("size", [1e3, -1e9, 1e30, -1e30, "lowest"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_large_masks(dtype: torch.dtype, size: float | str, everywhere: bool) -> None:
+    """The largest score is subtracted before anything is exponentiated: nothing overflows, and nothing is lost.
+
+    Many masks leave out by the lowest number. Where that is everywhere, all weights are alike, as in torch.
+    """
+    leaves = [normal(2, length, 4, dtype=dtype).requires_grad_() for length in (5, 300, 300)]
+    mask = torch.zeros(5, 300, dtype=dtype)
+    mask[:2, slice(None) if everywhere else 200] = torch.finfo(dtype).min if size == "lowest" else size
+    query, key, value = leaves
+    outs = [sdpa(*leaves, mask), (query @ key.mT / 2 + mask).softmax(-1) @ value]
+    # What is left of scores under a thousand has lost that many digits.
+    tolerance = dict(rtol=1e-4, atol=1e-3 if dtype == torch.float32 else 1e-7) if size == 1e3 else {}
+    torch.testing.assert_close(*outs, **tolerance)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in outs)
+    assert all(g.isfinite().all() for g in ours)
+    if not everywhere:  # there nothing but the number is left in lse, from which backward makes the weights anew
+        assert_gradients(ours, theirs)
 
 
-@pytest.mark.parametrize("scale", [10.0, 1e3, 1e30])
+@pytest.mark.parametrize("scale", [1e3, 1e30])
 def test_large_scores(scale: float) -> None:
     """Weights of backward are those of forward: scores that differ in rounding make weights that do not sum to one."""
     leaves = [torch.randn(2, length, 4).requires_grad_() for length in (5, 300, 300)]
@@ -1049,7 +1063,7 @@ def errors_of(*args: Any, **options: Any) -> tuple[Exception, Exception]:
     """Ours and torch's."""
     errors = []
     for function in (sdpa, F.scaled_dot_product_attention):
-        with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
+        with pytest.raises((IndexError, RuntimeError, TypeError, ValueError)) as raised:
             function(*args, **options)
         errors.append(raised.value)
     return errors[0], errors[1]
