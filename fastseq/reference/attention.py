@@ -167,11 +167,10 @@ def _dense(
         scores = scores + mask
     anything = seen.any(-1, keepdim=True)
     # Not a sum with -inf, which a NaN in a key that is left out would survive.
-    scores = torch.where(seen, scores, -math.inf)
-    lse = torch.where(anything, scores, 0.0).logsumexp(-1, keepdim=True)
-    # exp(scores - lse) would lose as many digits as lse has before its point.
-    weights = torch.where(seen, torch.where(anything, scores, 0.0).softmax(-1), 0.0)
-    lse = torch.where(anything, lse, -math.inf).squeeze(-1)
+    scores = torch.where(anything, torch.where(seen, scores, -math.inf), 0.0)
+    lse = torch.where(anything.squeeze(-1), scores.logsumexp(-1), -math.inf)
+    # Not exp(score - lse): where scores are large, nothing is left of the sum's logarithm in lse.
+    weights = scores.softmax(-1).masked_fill(~seen, 0.0)
     if keeps is not None:
         weights = weights * keeps.to(weights.dtype)
     # A value that is left out counts for nothing, whatever it is: 0 * inf would be NaN.
