@@ -103,8 +103,8 @@ class Case:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        # torch.compile leaves torch's kernel as it is, except where there is none, as for dropout. For the longest
-        # sequence ONNX Runtime and OpenVINO hold all scores at once, 2 GiB, and take two to four times torch's time.
+        # torch.compile leaves torch's kernel as it is, except where there is none, as for dropout. On the longest
+        # sequence ONNX Runtime and OpenVINO take two and four times torch's time, and much of this run's.
         if self.dropout:
             return ("torch", "torch.compile")
         return ("torch",) if self.S >= 8192 else ("torch", "onnxruntime", "openvino")

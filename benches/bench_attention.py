@@ -11,7 +11,7 @@ from race import MODES
 
 DROPOUT = [Case(16, 128, dropout=0.1, smoke=True), Case(4, 512, dropout=0.1)]
 MASKED = [PaddedCase(16, 512), BiasCase(4, 512)]
-PACKED = [PackedCase(32, 512)]
+PACKED = [PackedCase(32, 64, smoke=True), PackedCase(32, 512)]
 DECODE = [Case(8, 1024, L=1, smoke=True), Case(1, 4096, D=128, H=32, L=1)]
 
 
