@@ -187,6 +187,24 @@ struct Attention : Call {
     }
   }
 
+  // sums[rows][stride] += left[rows][kTileKeys] times `count` packed rows of a panel. Where these may be infinite or
+  // NaN, a 0 leaves them out.
+  void add_rows(int64_t rows, int64_t count, const T* left, const T* panel, T* sums, int64_t stride,
+                bool finite) const {
+    if (finite) return tile_rows<T>(rows, count, {left, kTileKeys}, panel, sums, stride, true, panel);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < count; ++j)
+        for (int u = 0; left[r * kTileKeys + j] != 0 && u < kPanel<T>; ++u)
+          sums[r * stride + u] += left[r * kTileKeys + j] * panel[j * kPanel<T> + u];
+  }
+
+  // Whether packed elements are all finite.
+  static bool all_finite(const T* packed, int64_t count) {
+    Vec<T> product{};
+    for (int64_t u = 0; u < count; u += kLanes<T>) product += load(packed + u) * T(0);
+    return sum<T>(product) == 0;
+  }
+
   // 128 keys' factors of dropout for a query.
   void draw_kept(const Sequence& seq, int64_t h, int64_t l, int64_t first_key, T* factors) const {
     constexpr int kCounters = 16, kRounds = 7;
@@ -253,7 +271,7 @@ struct AttentionRows : Attention<T, AttentionForward<T>> {
     const auto weigh = [&](auto may_vanish) __attribute__((always_inline)) {
       Vec<T> total{};
       for (int64_t j = 0; j < filled; j += kLanes<T>) {
-        const Vec<T> p = exp2<T, may_vanish>(load(score + j) * kLog2E - base * kLog2E);
+        const Vec<T> p = exp2<T, may_vanish>((load(score + j) - base) * kLog2E);
         store(score + j, p);
         total += p;
       }
@@ -281,14 +299,13 @@ struct AttentionRows : Attention<T, AttentionForward<T>> {
     return base;
   }
 
-  // Writes out and lse of a query whose keys have all been added; returns what weights are to be taken relative to.
-  T finish(const Progress& my, int64_t row, const Sequence& seq, int64_t h, int64_t l) const {
+  // Writes out and lse of a query whose keys have all been added.
+  void finish(const Progress& my, int64_t row, const Sequence& seq, int64_t h, int64_t l) const {
     const T weight = my.weight[row], inverse = weight == 0 ? T(0) : T(1) / weight;
     const T lse = weight == 0 ? Base::kMinusInfinity : my.largest[row] + std::log(weight);
     this->lse[(seq.sample * H + h) * L + seq.q0 + l] = lse;
     T* to = this->out.row(seq.sample, h, seq.q0 + l);
     for (int64_t e = 0; e < Ev; ++e) to[e] = my.sums[row * value_width + e] * inverse;
-    return weight == 0 ? T(0) : lse;
   }
 };
 
@@ -406,11 +423,10 @@ struct AttentionForwardPass : AttentionRows<T> {
     Finite& finite = my.finite[tile];
     if (finite == Finite::kUnknown) {
       const int64_t from = tile * kTileKeys, to = std::min(my.keys, from + kTileKeys);
-      Vec<T> product{};
+      bool all = true;
       for (int64_t p = 0; p < value_width / kPanel<T>; ++p)
-        for (int64_t u = (p * my.keys + from) * kPanel<T>; u < (p * my.keys + to) * kPanel<T>; u += kLanes<T>)
-          product += load(my.v + u) * T(0);
-      finite = sum<T>(product) == 0 ? Finite::kYes : Finite::kNo;
+        all = all && this->all_finite(my.v + (p * my.keys + from) * kPanel<T>, (to - from) * kPanel<T>);
+      finite = all ? Finite::kYes : Finite::kNo;
     }
     return finite == Finite::kYes;
   }
@@ -453,22 +469,9 @@ struct AttentionForwardPass : AttentionRows<T> {
         const T* left = my.scores + r * kTileKeys + from;
         T* out = my.rows.sums + (i - l + r) * value_width + p * kPanel<T>;
         const T* values = panel + from * kPanel<T>;
-        if (finite)
-          tile_rows<T>(height, to - from, {left, kTileKeys}, values, out, value_width, true, values);
-        else
-          add_weighted(height, to - from, left, values, out);
+        this->add_rows(height, to - from, left, values, out, value_width, finite);
       }
     }
-  }
-
-  // The same where a value that some query leaves out may be infinite or NaN: a weight of 0 leaves it out.
-  void add_weighted(int64_t rows, int64_t count, const T* left, const T* values, T* out) const {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < count; ++j) {
-        const T p = left[r * kTileKeys + j];
-        if (p == 0) continue;
-        for (int u = 0; u < kPanel<T>; ++u) out[r * value_width + u] += p * values[j * kPanel<T> + u];
-      }
   }
 
   // Where raw scores of query i go.
@@ -477,14 +480,16 @@ struct AttentionForwardPass : AttentionRows<T> {
   }
 
   void finish(Desk& my, const Sequence& seq, int64_t h, int64_t l, int64_t i) const {
-    const T base = Base::finish(my.rows, i - l, seq, h, i);
+    Base::finish(my.rows, i - l, seq, h, i);
     if (!this->weights) return;
+    const T weight = my.rows.weight[i - l], base = weight == 0 ? T(0) : my.rows.largest[i - l];
+    const T inverse = weight == 0 ? T(0) : T(1) / weight;
     T* row = weights_row(my, seq, h, l, i);
     for (int64_t s = 0; s < S; s += kTileKeys) {
       const int64_t count = std::min(kTileKeys, S - s);
       for (int64_t j = 0; j < count; j += kLanes<T>) {
         const int lanes = int(std::min<int64_t>(kLanes<T>, count - j));
-        store(row + s + j, exp<T>(load(row + s + j, lanes) - base), lanes);
+        store(row + s + j, exp<T>(load(row + s + j, lanes) - base) * inverse, lanes);
       }
       if (!this->dropped) continue;
       this->draw_kept(seq, h, i, s, my.factors);
@@ -581,7 +586,7 @@ struct AttentionFewQueriesPass : AttentionRows<T> {
       const int64_t padded = this->padded_keys(seq, keys);
       if (padded == keys.count) continue;
       const T *k = this->k.row(seq.sample, head, seq.k0 + s), *v = this->v.row(seq.sample, head, seq.k0 + s);
-      const bool whole = this->is_whole(seq, 0, seq.L, keys), finite = whole || all_finite(v, keys.count);
+      const bool whole = this->is_whole(seq, 0, seq.L, keys), finite = whole || rows_finite(v, keys.count);
       each_row(seq, head, [&](int64_t row, int64_t h, int64_t l) {
         std::fill_n(my.scores, keys.width(), T(0));
         const T* q = my.rows.q + row * E;
@@ -604,7 +609,7 @@ struct AttentionFewQueriesPass : AttentionRows<T> {
     each_row(seq, head, [&](int64_t row, int64_t h, int64_t l) { this->finish(my.rows, row, seq, h, l); });
   }
 
-  bool all_finite(const T* v, int64_t count) const {
+  bool rows_finite(const T* v, int64_t count) const {
     T product = 0;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t e = 0; e < Ev; ++e) product += v[i * this->v.l + e] * T(0);
@@ -654,9 +659,11 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
   struct Desk {
     T *k_transposed, *v_transposed, *k_rows;  // a tile of keys and values, packed
     T *q_rows, *dout_rows, *delta;            // all queries of the heads that share one of keys
+    T *base, *share;                          // their weights are exp(score - base) * share
     T *dq, *dk, *dv;                          // sums
-    T *scores, *dscores, *factors, *slope;    // of a tile; of a row
-    int64_t sequence = -1, head = -1;         // whose queries are packed
+    bool keys_finite;
+    T *scores, *dscores, *factors, *slope;  // of a tile; of a row
+    int64_t sequence = -1, head = -1;       // whose queries are packed
   };
 
   Desk desk(Pieces<T>& pieces) const {
@@ -667,6 +674,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     desk.q_rows = pieces.take(queries() * width);
     desk.dout_rows = pieces.take(queries() * value_width);
     desk.delta = pieces.take(queries());
+    desk.base = pieces.take(queries());
+    desk.share = pieces.take(queries());
     desk.dq = pieces.take(this->dq.data ? queries() * width : 0);
     desk.dk = pieces.take(kTileKeys * width);
     desk.dv = pieces.take(kTileKeys * value_width);
@@ -778,8 +787,35 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
         T total = 0;
         dot_rows<1>(a, 0, b, Ev, &total);
         my.delta[g * seq.L + l] = total - (this->dlse ? this->dlse[lse_at(seq, h, l)] : T(0));
+        relate(my, seq, h, g, l);
       }
     }
+  }
+
+  // What a query's weights are taken relative to. Where lse is large, as with masks of finite large numbers, nothing is
+  // left in it of the sum's logarithm: the largest score and the sum are made anew.
+  void relate(Desk& my, const Sequence& seq, int64_t h, int64_t g, int64_t l) const {
+    constexpr T kLarge = sizeof(T) == 4 ? T(1e3) : T(1e6);
+    const T lse = this->lse[lse_at(seq, h, l)];
+    T &base = my.base[g * seq.L + l], &share = my.share[g * seq.L + l];
+    base = lse == Base::kMinusInfinity ? T(0) : lse, share = 1;
+    if (!(std::abs(base) > kLarge)) return;
+    T sum = 0, top = Base::kMinusInfinity;
+    const T* q = this->q.row(seq.sample, h, seq.q0 + l);
+    for (int64_t s = this->first_key(seq, l); s < this->end_key(seq, l); s += kTileKeys) {
+      const Keys keys{s, std::min(kTileKeys, seq.S - s)};
+      std::fill_n(my.scores, keys.width(), T(0));
+      for (int64_t j = 0; j < keys.count; ++j) {
+        dot_rows<1>(this->k.row(seq.sample, h / group, seq.k0 + s + j), 0, q, E, my.scores + j);
+        my.scores[j] *= this->scale;
+      }
+      this->finish_scores(seq, h, l, keys, my.scores);
+      for (int64_t j = 0; j < keys.count; ++j) {
+        if (my.scores[j] > top) sum *= std::exp(top - my.scores[j]), top = my.scores[j];
+        if (top != Base::kMinusInfinity) sum += std::exp(my.scores[j] - top);
+      }
+    }
+    if (sum > 0) base = top, share = 1 / sum;
   }
 
   int64_t lse_at(const Sequence& seq, int64_t h, int64_t l) const { return (seq.sample * H + h) * L + seq.q0 + l; }
@@ -795,6 +831,7 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     pack_transposed(columns, 0, columns.panels(), this->v.row(seq.sample, head, seq.k0 + keys.first), this->v.l, Ev,
                     my.v_transposed);
     pack_rows<T>(features, 0, features.panels(), key, keys.count, my.k_rows);
+    my.keys_finite = this->all_finite(my.k_rows, keys.count * width);
   }
 
   // What queries [i, end) and a tile of keys give each other.
@@ -830,8 +867,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
         const int64_t to = std::min(keys.count, this->end_key(seq, i + r + height - 1) - keys.first);
         if (from >= to) continue;
         const T* panel = my.k_rows + (p * keys.count + from) * kPanel<T>;
-        tile_rows<T>(height, to - from, {my.dscores + r * kTileKeys + from, kTileKeys}, panel,
-                     dq + (i + r) * width + p * kPanel<T>, width, true, panel);
+        this->add_rows(height, to - from, my.dscores + r * kTileKeys + from, panel,
+                       dq + (i + r) * width + p * kPanel<T>, width, my.keys_finite);
       }
   }
 
@@ -850,11 +887,10 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     T *score = my.scores + r * kTileKeys, *d = my.dscores + r * kTileKeys;
     for (int64_t j = 0; j < filled; j += kLanes<T>) store(score + j, load(score + j) * this->scale);
     this->finish_scores(seq, h, l, keys, score, this->softcap ? my.slope : nullptr);
-    const T lse = this->lse[lse_at(seq, h, l)], base = lse == Base::kMinusInfinity ? T(0) : lse;
-    const T delta = my.delta[g * seq.L + l];
+    const T base = my.base[g * seq.L + l], share = my.share[g * seq.L + l], delta = my.delta[g * seq.L + l];
     if (this->dropped) this->draw_kept(seq, h, l, keys.first, my.factors);
     for (int64_t j = 0; j < filled; j += kLanes<T>) {
-      const Vec<T> p = exp<T>(load(score + j) - base);
+      const Vec<T> p = exp<T>(load(score + j) - base) * share;
       Vec<T> kept = p, dp = load(d + j);
       if (this->dropped) kept *= load(my.factors + j), dp *= load(my.factors + j);
       // What is left out may stand opposite anything, NaN too.
@@ -872,7 +908,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     }
     for (int64_t j = 0; j < filled; j += kLanes<T>) {
       const Vec<T> ds = load(d + j) * this->scale;
-      store(d + j, this->softcap ? ds * load(my.slope + j) : ds);
+      // Where a product was not made, the slope is that of anything.
+      store(d + j, this->softcap ? (ds == T(0) ? ds : ds * load(my.slope + j)) : ds);
     }
   }
 };
