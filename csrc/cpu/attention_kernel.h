@@ -96,6 +96,11 @@ struct Attention : Call {
     return count;
   }
 
+  void scaled_query(const Sequence& seq, int64_t h, int64_t l, T* to) const {
+    const T* from = this->q.row(seq.sample, h, seq.q0 + l);
+    for (int64_t e = 0; e < E; ++e) to[e] = from[e] * this->scale;
+  }
+
   // How many keys of a tile products with row r of queries [i, end) look at, in whole panels: up to the last one that
   // any row of its tile sees, and what a tile of transposed rows takes more.
   int64_t seen_width(const Sequence& seq, int64_t i, int64_t end, int64_t r, const Keys& keys) const {
@@ -252,8 +257,7 @@ struct AttentionRows : Attention<T, AttentionForward<T>> {
   };
 
   void start(Progress& my, int64_t row, const Sequence& seq, int64_t h, int64_t l) const {
-    const T* from = this->q.row(seq.sample, h, seq.q0 + l);
-    for (int64_t e = 0; e < E; ++e) my.q[row * E + e] = from[e] * this->scale;
+    this->scaled_query(seq, h, l, my.q + row * E);
     std::fill_n(my.sums + row * value_width, value_width, T(0));
     my.weight[row] = 0, my.largest[row] = Base::kMinusInfinity;
   }
@@ -662,8 +666,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     T *base, *share;                          // their weights are exp(score - base) * share
     T *dq, *dk, *dv;                          // sums
     bool keys_finite;
-    T *scores, *dscores, *factors, *slope;  // of a tile; of a row
-    int64_t sequence = -1, head = -1;       // whose queries are packed
+    T *q, *scores, *dscores, *factors, *slope;  // of a tile; of a row
+    int64_t sequence = -1, head = -1;           // whose queries are packed
   };
 
   Desk desk(Pieces<T>& pieces) const {
@@ -679,6 +683,7 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     desk.dq = pieces.take(this->dq.data ? queries() * width : 0);
     desk.dk = pieces.take(kTileKeys * width);
     desk.dv = pieces.take(kTileKeys * value_width);
+    desk.q = pieces.take(kBlockQueries * E);
     desk.scores = pieces.take(kBlockQueries * kTileKeys);
     desk.dscores = pieces.take(kBlockQueries * kTileKeys);
     desk.factors = pieces.take(kTileKeys);
@@ -784,38 +789,48 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
       pack_rows<T>(values, 0, values.panels(), gradient, seq.L, my.dout_rows + g * seq.L * value_width);
       for (int64_t l = 0; l < seq.L; ++l) {
         const T *a = gradient(l), *b = this->out.row(seq.sample, h, seq.q0 + l);
-        T total = 0;
-        dot_rows<1>(a, 0, b, Ev, &total);
+        T total = 0;  // in the order of products with values, which it cancels where one weight is 1
+        for (int64_t e = 0; e < Ev; ++e) total = std::fma(a[e], b[e], total);
         my.delta[g * seq.L + l] = total - (this->dlse ? this->dlse[lse_at(seq, h, l)] : T(0));
-        relate(my, seq, h, g, l);
       }
     }
+    relate(my, seq, head);
   }
 
-  // What a query's weights are taken relative to. Where lse is large, as with masks of finite large numbers, nothing is
-  // left in it of the sum's logarithm: the largest score and the sum are made anew.
-  void relate(Desk& my, const Sequence& seq, int64_t h, int64_t g, int64_t l) const {
-    constexpr T kLarge = sizeof(T) == 4 ? T(1e3) : T(1e6);
-    const T lse = this->lse[lse_at(seq, h, l)];
-    T &base = my.base[g * seq.L + l], &share = my.share[g * seq.L + l];
-    base = lse == Base::kMinusInfinity ? T(0) : lse, share = 1;
-    if (!(std::abs(base) > kLarge)) return;
-    T sum = 0, top = Base::kMinusInfinity;
-    const T* q = this->q.row(seq.sample, h, seq.q0 + l);
-    for (int64_t s = this->first_key(seq, l); s < this->end_key(seq, l); s += kTileKeys) {
+  // What weights are taken relative to: lse, but where that is large, as with masks of large numbers, nothing is left
+  // in it of the sum's logarithm. There the largest score and the sum are made anew.
+  void relate(Desk& my, const Sequence& seq, int64_t head) const {
+    constexpr T kLarge = sizeof(T) == 4 ? T(64) : T(1024);
+    bool any = false;
+    for (int64_t row = 0; row < group * seq.L; ++row) {
+      const T lse = this->lse[lse_at(seq, head * group + row / seq.L, row % seq.L)];
+      const bool large = std::abs(lse) > kLarge && lse != Base::kMinusInfinity;
+      my.base[row] = large || lse == Base::kMinusInfinity ? Base::kMinusInfinity : lse;
+      my.share[row] = large ? T(0) : T(1);
+      any = any || large;
+    }
+    for (int64_t s = 0; any && s < seq.S; s += kTileKeys) {
       const Keys keys{s, std::min(kTileKeys, seq.S - s)};
-      std::fill_n(my.scores, keys.width(), T(0));
-      for (int64_t j = 0; j < keys.count; ++j) {
-        dot_rows<1>(this->k.row(seq.sample, h / group, seq.k0 + s + j), 0, q, E, my.scores + j);
-        my.scores[j] *= this->scale;
-      }
-      this->finish_scores(seq, h, l, keys, my.scores);
-      for (int64_t j = 0; j < keys.count; ++j) {
-        if (my.scores[j] > top) sum *= std::exp(top - my.scores[j]), top = my.scores[j];
-        if (top != Base::kMinusInfinity) sum += std::exp(my.scores[j] - top);
+      pack_keys(my, seq, head, keys);
+      for (int64_t row = 0; row < group * seq.L; ++row) {
+        const int64_t h = head * group + row / seq.L, l = row % seq.L;
+        T &top = my.base[row], &sum = my.share[row];
+        const T lse = this->lse[lse_at(seq, h, l)];
+        if (!(std::abs(lse) > kLarge) || lse == Base::kMinusInfinity) continue;
+        this->scaled_query(seq, h, l, my.q);
+        this->multiply_keys(seq, l, 1, keys, {my.q, E}, E, my.k_transposed, my.scores);
+        this->finish_scores(seq, h, l, keys, my.scores);
+        const T before = top;
+        for (int64_t j = 0; j < keys.count; ++j) top = std::max(top, my.scores[j]);
+        if (top == Base::kMinusInfinity) continue;
+        sum *= std::exp(before - top);
+        for (int64_t j = 0; j < keys.count; ++j) sum += std::exp(my.scores[j] - top);
       }
     }
-    if (sum > 0) base = top, share = 1 / sum;
+    for (int64_t row = 0; row < group * seq.L; ++row) {
+      if (my.base[row] == Base::kMinusInfinity) my.base[row] = 0;
+      my.share[row] = 1 / my.share[row];
+    }
   }
 
   int64_t lse_at(const Sequence& seq, int64_t h, int64_t l) const { return (seq.sample * H + h) * L + seq.q0 + l; }
@@ -840,8 +855,9 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
     const int64_t h = head * group + g, rows = end - i;
     if (keys.first >= this->end_key(seq, end - 1) || keys.end() <= this->first_key(seq, i)) return;
     if (this->masked_out(seq, h, i, end, keys)) return;
-    this->multiply_keys(seq, i, rows, keys, {this->q.row(seq.sample, h, seq.q0 + i), this->q.l}, E, my.k_transposed,
-                        my.scores);
+    // As in forward, to the bit: scores that differ in rounding would make weights that do not sum to one.
+    for (int64_t r = 0; r < rows; ++r) this->scaled_query(seq, h, i + r, my.q + r * E);
+    this->multiply_keys(seq, i, rows, keys, {my.q, E}, E, my.k_transposed, my.scores);
     this->multiply_keys(seq, i, rows, keys, {this->dout.row(seq.sample, h, seq.q0 + i), this->dout.l}, Ev,
                         my.v_transposed, my.dscores);
     for (int64_t r = 0; r < rows; ++r)
@@ -885,7 +901,6 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
   void row_backward(Desk& my, const Sequence& seq, int64_t h, int64_t g, int64_t l, const Keys& keys, bool with_bias,
                     int64_t r, int64_t filled) const {
     T *score = my.scores + r * kTileKeys, *d = my.dscores + r * kTileKeys;
-    for (int64_t j = 0; j < filled; j += kLanes<T>) store(score + j, load(score + j) * this->scale);
     this->finish_scores(seq, h, l, keys, score, this->softcap ? my.slope : nullptr);
     const T base = my.base[g * seq.L + l], share = my.share[g * seq.L + l], delta = my.delta[g * seq.L + l];
     if (this->dropped) this->draw_kept(seq, h, l, keys.first, my.factors);
