@@ -32,12 +32,12 @@ def device_of(impl: Impl) -> str:
     return "cuda" if impl.devices == {"cuda"} else "cpu"
 
 
-def assert_no_worse(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], times: float = 2) -> None:
+def assert_no_worse(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
     """Our errors are at most twice theirs in the same precision, or what rounding the result makes."""
     for got, other, want in zip(ours, theirs, exact, strict=True):
         assert got.dtype == other.dtype
         error, other_error = ((t - want).norm().item() for t in (got, other))
-        assert error <= max(times * other_error, torch.finfo(got.dtype).eps * want.norm().item())
+        assert error <= max(2 * other_error, torch.finfo(got.dtype).eps * want.norm().item())
 
 
 def require(op: Op, impl: Impl, device: str, dtype: torch.dtype) -> None:

@@ -451,7 +451,7 @@ def transformed(sample: SampleInput, change: Callable[[Tensor], Tensor]) -> Samp
 def test_operator_forward_and_backward(subject: Operator) -> None:
     """What torch's gives, but for dropout, which draws other numbers: they are the same for the same seed.
 
-    torch's samples have scores of hundreds: whether the scale comes before or after products with keys shows.
+    torch's samples have scores of hundreds, in whose float32 there are four decimals.
     """
     for sample in subject.samples(requires_grad=True):
         got = subject.ours(sample)
@@ -465,8 +465,10 @@ def test_operator_forward_and_backward(subject: Operator) -> None:
         ]
         if subject.dtype == torch.float64:
             torch.testing.assert_close(*results[:2])
+        elif subject.dtype == torch.float32:
+            torch.testing.assert_close(*results[:2], rtol=1e-4, atol=1e-4)
         else:
-            assert_no_worse(*results, times=4)
+            assert_no_worse(*results)
 
 
 @each_operator
