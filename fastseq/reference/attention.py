@@ -222,8 +222,12 @@ def backward(
     wanted = [t.requires_grad_() for t, need in zip(tensors, needs, strict=True) if need and t is not None]
     options = (slopes, cu_seqlens_q, cu_seqlens_k, seed, scale, softcap, dropout_p, left, right, bottom_right)
     arguments: Any = (*tensors, key_padding, *options, 0)
-    with torch.enable_grad(), _as_given(query.device):
+    # An op's kernel may be called with autograd's keys switched off, as in torch.compile's graphs.
+    switched_off, keys = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
+    autograd, views = switched_off(keys.AutogradFunctionality, False), switched_off(keys.ADInplaceOrView, False)
+    with torch.enable_grad(), autograd, views, _as_given(query.device):
         outputs = forward(*arguments)
+        assert not wanted or outputs[0].requires_grad
         # lse does not depend on value.
         sent = [(o, g) for o, g in zip(outputs, (dout, dlse), strict=False) if g is not None and o.requires_grad]
         given = ([o for o, _ in sent], wanted, [g for _, g in sent])
