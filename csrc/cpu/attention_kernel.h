@@ -153,11 +153,12 @@ struct Attention : Call {
       const int64_t at = mask_at(seq, h, l, keys.first);
       if (const T* bias = this->bias ? this->bias + at : nullptr) {
         // Not a sum with -inf, which a NaN in a key that is left out would survive.
-        if (this->m_s)
-          for (int64_t j = 0; j < count; ++j)
-            score[j] = bias[j] == kMinusInfinity ? kMinusInfinity : score[j] + bias[j];
-        else
-          for (int64_t j = 0; j < count; ++j) score[j] = *bias == kMinusInfinity ? kMinusInfinity : score[j] + *bias;
+        const Vec<T> never = kMinusInfinity - Vec<T>{};
+        for (int64_t j = 0; j < count; j += kLanes<T>) {
+          const int lanes = int(std::min<int64_t>(kLanes<T>, count - j));
+          const Vec<T> more = this->m_s ? load(bias + j, lanes) : *bias - Vec<T>{}, sum = load(score + j) + more;
+          store(score + j, more == never ? never : sum);
+        }
       }
       if (const bool* allowed = this->allowed ? this->allowed + at : nullptr) {
         if (this->m_s)
