@@ -7,25 +7,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attention
+import recurrent
 import torch
-from recurrent import SHAPES as CASES
+from peers import call_of
+from race import job_of
 
-import fastseq
-
+# Each with a small case of its kind, whose step loads what loads on first use.
+CASES = [
+    *((case, recurrent.Case(3, 2, 4)) for case in recurrent.SHAPES),
+    (attention.Case(1, 8192), attention.Case(1, 64)),
+    (attention.Case(1, 8192, causal=True), attention.Case(1, 64, causal=True)),
+]
 MIB = 2**20
 
 
-def peak_rise(name: str, accelerated: bool) -> float:
+def peak_rise(name: str, who: str) -> float:
     """MiB that one forward and backward of a case add at their peak."""
-    case = next(case for case in CASES if str(case) == name)
-    layer, warm_up = case.layer(), torch.nn.LSTM(4, 4)
-    if accelerated:
-        fastseq.accelerate(layer), fastseq.accelerate(warm_up)
-    warm_up(torch.randn(3, 2, 4))[0].sum().backward()  # loads what loads on first use
-    x, dy = case.input().requires_grad_(), case.output_grad()
+    case, small = next((case, small) for case, small in CASES if str(case) == name)
+    jobs = [job_of(case, training=True, threads=torch.get_num_threads()) for case in (small, case)]
+    tasks = [job.ours if who == "fastseq" else job.task for job in jobs]
+    warm_up, step = (call_of(task.layer, task) for task in tasks)
+    warm_up()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
-    layer(x)[0].backward(dy)
+    step()
     return (status("VmHWM") - before) / MIB
 
 
@@ -36,10 +42,10 @@ def status(field: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(peak_rise(sys.argv[1], sys.argv[2] == "fastseq"))
+        print(peak_rise(*sys.argv[1:]))
     else:
         print(f"{'case':32} {'torch MiB':>10} {'fastseq MiB':>12}")
-        for case in CASES:
+        for case, _ in CASES:
             rises = [
                 float(subprocess.check_output([sys.executable, __file__, str(case), who]))
                 for who in ("torch", "fastseq")

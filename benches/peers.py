@@ -5,9 +5,10 @@ import importlib.util
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastseq
@@ -15,13 +16,8 @@ import fastseq
 # Unrolling a long sequence can keep a compiler busy for an hour.
 COMPILE_LIMIT_S = 15
 
-# ONNX's name of a layer, its order of gates, as positions in torch's, and what sets it to torch's formulas.
-ONNX_LAYERS = {
-    nn.LSTM: ("LSTM", (0, 3, 1, 2), {}),
-    nn.GRU: ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
-    nn.RNN: ("RNN", (0,), {}),
-}
-ONNX_OPSET, ONNX_IR = 17, 9
+# What those who draw random numbers begin from when results are compared.
+SEED = 5
 
 
 class AbsentError(Exception):
@@ -29,61 +25,103 @@ class AbsentError(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a peer is asked for: the output y of `layer` on `x` and, with a `dy`, the gradients that gives.
+class Task:
+    """A layer and what it is called with.
 
-    A peer's call returns [y], or [y, dx, *gradients of the parameters]. The layer stays as it is: peers that
-    run in torch work on a copy.
+    Attributes:
+        layer: called with all inputs in their order; returns a tuple.
+        inputs: by name.
+        dy: the gradient of the first output, in training.
+        outputs: how many of the layer's outputs count as results.
+        aligned: brings an output, or the gradient of an input, into the form that all tasks of a job share.
     """
 
     layer: nn.Module
-    x: Tensor
-    dy: Tensor | None
+    inputs: dict[str, Tensor]
+    dy: Tensor | None = None
+    outputs: int = 1
+    aligned: Callable[[Tensor], Tensor] = lambda result: result
+
+    @property
+    def names(self) -> list[str]:
+        """Of its results: the outputs and, in training, the gradients of inputs and parameters."""
+        outputs = ["y", "weights"][: self.outputs]
+        if self.dy is None:
+            return outputs
+        return [*outputs, *(f"d{name}" for name in (*self.inputs, *dict(self.layer.named_parameters())))]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What peers are asked for: the results of `task`, whose layer stays as it is.
+
+    Attributes:
+        task: torch's, and that of everyone who has none of his own here.
+        ours: fastseq's.
+        threads: what everyone gets.
+        plain: what the peer `plain` does.
+        onnx_model: makes the task as a serialised ONNX model, whose inputs have the task's names.
+        random: results are drawn: fastseq's must be those of its own reference with the same seed, everyone
+            else's must be of the same size.
+    """
+
+    task: Task
+    ours: Task
     threads: int
-    plain: tuple[nn.Module, Tensor, Tensor] | None = None  # the layer, x and dy that the peer `plain` runs
+    plain: Task | None = None
+    onnx_model: Callable[[], bytes] | None = None
+    random: bool = False
 
 
 Call = Callable[[], Sequence[Any]]
 
 
-def call_of(module: Callable[[Tensor], tuple[Tensor, Any]], layer: nn.Module, x: Tensor, dy: Tensor | None) -> Call:
-    """The call of a module that runs in torch; `layer` holds its parameters."""
-    if dy is None:
-        return lambda: [module(x)[0]]
-    leaves = [x.detach().clone().requires_grad_(), *layer.parameters()]
+def call_of(module: Callable[..., Any], task: Task) -> Call:
+    """The call of a module that runs in torch; the task's layer holds its parameters."""
+    if task.dy is None:
+        inputs = list(task.inputs.values())
+        return lambda: module(*inputs)[: task.outputs]
+    leaves = [x.detach().clone().requires_grad_() for x in task.inputs.values()]
+    count = len(leaves)
+    leaves += task.layer.parameters()
 
     def step() -> list[Tensor | None]:
         for leaf in leaves:
             leaf.grad = None
-        y = module(leaves[0])[0]
-        y.backward(dy)
-        return [y, *(leaf.grad for leaf in leaves)]
+        results = module(*leaves[:count])[: task.outputs]
+        results[0].backward(task.dy)
+        return [*results, *(leaf.grad for leaf in leaves)]
 
     return step
 
 
 def exact(job: Job) -> Sequence[Tensor]:
     """What every peer should return, computed in float64."""
-    layer = copy.deepcopy(job.layer).double()
+    task = job.ours if job.random else job.task
+    wide = replace(
+        task,
+        layer=copy.deepcopy(task.layer).double(),
+        inputs={name: x.double() for name, x in task.inputs.items()},
+        dy=None if task.dy is None else task.dy.double(),
+    )
+    torch.manual_seed(SEED)
     with fastseq.use_backend("reference"):  # for what only fastseq has
-        return call_of(layer, layer, job.x.double(), None if job.dy is None else job.dy.double())()
+        return [wide.aligned(result) for result in call_of(wide.layer, wide)()]
 
 
 def fastseq_call(job: Job) -> Call:
-    layer = fastseq.accelerate(copy.deepcopy(job.layer))
-    return call_of(layer, layer, job.x, job.dy)
+    return call_of(job.ours.layer, job.ours)
 
 
 def torch_call(job: Job) -> Call:
-    layer = copy.deepcopy(job.layer)
-    return call_of(layer, layer, job.x, job.dy)
+    task = replace(job.task, layer=copy.deepcopy(job.task.layer))
+    return call_of(task.layer, task)
 
 
 def plain_call(job: Job) -> Call:
     if job.plain is None:
         raise AbsentError("-")
-    layer, x, dy = job.plain
-    return call_of(fastseq.accelerate(layer), layer, x, None if job.dy is None else dy)
+    return call_of(fastseq.accelerate(job.plain.layer), job.plain)
 
 
 def compile_call(job: Job) -> Call:
@@ -93,8 +131,8 @@ def compile_call(job: Job) -> Call:
     torch._dynamo.reset()  # earlier cases would make the shapes of this one dynamic, and slower
     torch._dynamo.config.allow_rnn = True
     torch._inductor.config.compile_threads = 1  # no worker is left compiling while others are timed
-    layer = copy.deepcopy(job.layer)
-    call = call_of(torch.compile(layer, dynamic=False), layer, job.x, job.dy)
+    task = replace(job.task, layer=copy.deepcopy(job.task.layer))
+    call = call_of(torch.compile(task.layer, dynamic=False), task)
     try:
         with time_limit(COMPILE_LIMIT_S):
             call()
@@ -102,7 +140,7 @@ def compile_call(job: Job) -> Call:
         torch._dynamo.reset()
         raise AbsentError(f"compiles > {COMPILE_LIMIT_S} s") from None
     except Exception as error:  # whatever stops a compiler, the others still race
-        raise AbsentError(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}") from error
+        raise AbsentError(in_short(error)) from error
     return call
 
 
@@ -111,8 +149,9 @@ def onnxruntime_call(job: Job) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
-    session = onnxruntime.InferenceSession(onnx_model(job), options, providers=["CPUExecutionProvider"])
-    feed = {"x": job.x.numpy()}
+    with absent_if_unloaded():
+        session = onnxruntime.InferenceSession(onnx_model(job), options, providers=["CPUExecutionProvider"])
+    feed = {name: x.numpy() for name, x in job.task.inputs.items()}
     return lambda: session.run(None, feed)
 
 
@@ -125,14 +164,37 @@ def openvino_call(job: Job) -> Call:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    request = core.compile_model(core.read_model(onnx_model(job)), "CPU", settings).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(job.x.numpy(), shared_memory=True))
+    with absent_if_unloaded():
+        request = core.compile_model(core.read_model(onnx_model(job)), "CPU", settings).create_infer_request()
+    for name, x in job.task.inputs.items():
+        request.set_tensor(name, openvino.Tensor(x.numpy(), shared_memory=True))
 
     def step() -> list[Any]:
         request.infer()
-        return [request.get_output_tensor().data]
+        return [request.get_output_tensor(k).data for k in range(job.task.outputs)]
 
     return step
+
+
+def onnx_model(job: Job) -> bytes:
+    if job.onnx_model is None:
+        raise AbsentError("-")
+    return job.onnx_model()
+
+
+@contextmanager
+def absent_if_unloaded() -> Iterator[None]:
+    """A runtime that does not know an operator of the model has no part in the race."""
+    try:
+        yield
+    except AbsentError:
+        raise
+    except Exception as error:
+        raise AbsentError(in_short(error)) from error
+
+
+def in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"
 
 
 @dataclass(frozen=True)
@@ -199,52 +261,3 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-
-
-def onnx_model(job: Job) -> bytes:
-    """The recurrent layer of a job as a serialised ONNX model from x [T, B, I] to y [T, B, D*H]."""
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
-
-    layer = job.layer
-    op, order, attributes = ONNX_LAYERS[type(layer)]
-    T, B, _ = job.x.shape
-    suffixes = ("", "_reverse") if layer.bidirectional else ("",)
-    shape = [T, B, len(suffixes) * layer.hidden_size]
-
-    def reordered(name: str) -> np.ndarray:
-        gates = np.split(getattr(layer, name).detach().numpy(), len(order))
-        return np.concatenate([gates[k] for k in order])
-
-    constants = {"shape": np.array(shape)}
-    nodes, x = [], "x"
-    for n in range(layer.num_layers):
-        directions = [f"l{n}{suffix}" for suffix in suffixes]
-        constants[f"W{n}"] = np.stack([reordered(f"weight_ih_{d}") for d in directions])
-        constants[f"R{n}"] = np.stack([reordered(f"weight_hh_{d}") for d in directions])
-        constants[f"B{n}"] = np.stack(
-            [np.concatenate([reordered(f"bias_ih_{d}"), reordered(f"bias_hh_{d}")]) for d in directions]
-        )
-        # ONNX's output is [T, D, B, H].
-        nodes += [
-            helper.make_node(
-                op,
-                [x, f"W{n}", f"R{n}", f"B{n}"],
-                [f"TDBH{n}"],
-                hidden_size=layer.hidden_size,
-                direction="bidirectional" if layer.bidirectional else "forward",
-                **attributes,
-            ),
-            helper.make_node("Transpose", [f"TDBH{n}"], [f"TBDH{n}"], perm=[0, 2, 1, 3]),
-            helper.make_node("Reshape", [f"TBDH{n}", "shape"], [f"y{n}"]),
-        ]
-        x = f"y{n}"
-    graph = helper.make_graph(
-        nodes,
-        op,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(job.x.shape))],
-        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", ONNX_OPSET)], ir_version=ONNX_IR)
-    return model.SerializeToString()

@@ -14,16 +14,17 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import torch
-from peers import FASTSEQ, AbsentError, Call, Job, Peer, exact
+from peers import FASTSEQ, SEED, AbsentError, Call, Job, Peer, exact
 from roofline import Roofline
 from torch import nn
 
 import fastseq
+from fastseq.registry import OPS
 
 MODES = ("inference", "training")
 
@@ -36,6 +37,8 @@ SETTLE_S = 0.05
 
 # Sums of up to T*B terms in another order than the exact ones: relative to the largest element of a tensor.
 RTOL, ATOL = 1e-4, 2e-5
+# Between root mean squares of two draws of at least 100,000 elements.
+RANDOM_RTOL = 0.02
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def race(
             turns that the ratios come from.
         op: what the case is filed under.
         mode: one of MODES.
-        case: has `layer()`, `input()`, `output_grad()`, `flops(training)`, `traffic(training)` and a name.
+        case: has `task(training)`, `flops(training)`, `traffic(training)` and a name; it may have `ours(training)`,
+            `plain(training)`, `onnx_model()` and `random` for a job's parts of these names.
         peers: those to race against.
         threads: the threads that everyone gets.
         effort: how much to run.
@@ -126,15 +130,9 @@ def race(
         AssertionError: someone's results are wrong.
     """
     training = mode == "training"
-    job = Job(
-        case.layer(),
-        case.input(),
-        case.output_grad() if training else None,
-        threads,
-        case.plain() if hasattr(case, "plain") else None,
-    )
+    job = job_of(case, training, threads)
     floor = roofline.floor(case.flops(training), case.traffic(training)) if roofline else None
-    outcome = Outcome(op, mode, str(case), served_by(job.layer), floor)
+    outcome = Outcome(op, mode, str(case), served_by(job.ours.layer), floor)
     with torch.set_grad_enabled(training):
         expected = exact(job)
         ours = enter(FASTSEQ, job, expected)
@@ -171,6 +169,22 @@ def race(
     return outcome
 
 
+def job_of(case: Any, training: bool, threads: int) -> Job:
+    task = case.task(training)
+    if hasattr(case, "ours"):
+        ours = case.ours(training)
+    else:
+        ours = replace(task, layer=fastseq.accelerate(copy.deepcopy(task.layer)))
+    return Job(
+        task,
+        ours,
+        threads,
+        plain=case.plain(training) if hasattr(case, "plain") else None,
+        onnx_model=getattr(case, "onnx_model", None),
+        random=getattr(case, "random", False),
+    )
+
+
 def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
     """Prepares a peer's call, compares its results with the expected ones and warms it up.
 
@@ -179,21 +193,30 @@ def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
         AssertionError: its results are wrong.
     """
     call = peer.call(job)
-    names = ["y", "dx", *(f"d{name}" for name, _ in job.layer.named_parameters())]
-    results = call() if peer.same else expected
-    for name, got, want in zip(names[: len(expected)], results, expected, strict=True):
-        torch.testing.assert_close(
-            torch.as_tensor(got).to(want.dtype),
-            want,
-            rtol=RTOL,
-            atol=ATOL * max(1.0, want.abs().max().item()),
-            msg=lambda text, name=name: f"{peer.name}: {name} is wrong. {text}",
-        )
+    if peer.same:
+        torch.manual_seed(SEED)
+        task = job.ours if peer is FASTSEQ else job.task
+        compare = assert_same_size if job.random and peer is not FASTSEQ else assert_close
+        for name, result, want in zip(task.names, call(), expected, strict=True):
+            got = task.aligned(torch.as_tensor(result)).to(want.dtype)
+            compare(got, want, f"{peer.name}: {name} is wrong.")
     tries = [clock(call, 1) for _ in range(WARM_UP_CALLS)]
     warm_until = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < warm_until:
         tries.append(clock(call, 1))
     return Contestant(call, min(tries))
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, message: str) -> None:
+    atol = ATOL * max(1.0, want.abs().max().item())
+    torch.testing.assert_close(got, want, rtol=RTOL, atol=atol, msg=lambda text: f"{message} {text}")
+
+
+def assert_same_size(got: torch.Tensor, want: torch.Tensor, message: str) -> None:
+    """For two draws of the same distribution: shapes and root mean squares."""
+    assert got.shape == want.shape, f"{message} Its shape is {list(got.shape)}, not {list(want.shape)}."
+    sizes = [x.square().mean().sqrt().item() for x in (got, want)]
+    assert math.isclose(*sizes, rel_tol=RANDOM_RTOL), f"{message} Its root mean square is {sizes[0]}, not {sizes[1]}."
 
 
 def time_alone(peer: Peer, job: Job, expected: Sequence[torch.Tensor], effort: Effort) -> list[float]:
@@ -216,6 +239,8 @@ def noting_absence(outcome: Outcome, peer: Peer) -> Iterator[None]:
 
 
 def served_by(layer: nn.Module) -> str:
-    """The implementations that serve fastseq's copy of a layer; one that took torch's own path must show."""
-    rows = fastseq.explain(fastseq.accelerate(copy.deepcopy(layer))).rows
-    return ", ".join(sorted({row.served_by for row in rows}))
+    """The implementations that serve fastseq's layers; one that took torch's own path must show."""
+    names = {row.served_by for row in fastseq.explain(layer).rows}
+    if not names:  # a function's, which names its op
+        names = {OPS[layer.op].candidates("cpu", torch.float32)[0].name}
+    return ", ".join(sorted(names))

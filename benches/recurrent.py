@@ -3,11 +3,20 @@
 from dataclasses import dataclass, replace
 
 import torch
+from peers import Task
 from roofline import Traffic
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
+
+# ONNX's name of a layer, its order of gates, as positions in torch's, and what sets it to torch's formulas.
+ONNX_LAYERS = {
+    nn.LSTM: ("LSTM", (0, 3, 1, 2), {}),
+    nn.GRU: ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
+    nn.RNN: ("RNN", (0,), {}),
+}
+ONNX_OPSET, ONNX_IR = 17, 9
 
 GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1, nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
 FLOAT_BYTES = 4
@@ -107,6 +116,12 @@ class Case:
         shape = (self.T, self.B, self.directions * self.outputs)
         return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
+    def task(self, training: bool) -> Task:
+        return Task(self.layer(), {"x": self.input()}, self.output_grad() if training else None)
+
+    def onnx_model(self) -> bytes:
+        return onnx_model(self.layer(), self.T, self.B)
+
 
 # The shapes that every kind of layer races on.
 SHAPES = [
@@ -170,9 +185,9 @@ class PackedCase(Case):
     def output_grad(self) -> Tensor:
         return super().output_grad().flatten(0, 1)[: int(self.lengths.sum())]
 
-    def plain(self) -> tuple[nn.Module, Tensor, Tensor]:
+    def plain(self, training: bool) -> Task:
         """The same layer on padded rows."""
-        return super().layer(), super().input(), super().output_grad()
+        return Task(super().layer(), {"x": super().input()}, super().output_grad() if training else None)
 
 
 class OneStep(nn.Module):
@@ -239,6 +254,53 @@ class OptionCase(Case):
         }
         return WithOption(super().layer(), self.option, values[self.option])
 
-    def plain(self) -> tuple[nn.Module, Tensor, Tensor]:
+    def plain(self, training: bool) -> Task:
         """The same layer without the option."""
-        return super().layer(), self.input(), self.output_grad()
+        return replace(self.task(training), layer=super().layer())
+
+
+def onnx_model(layer: nn.RNNBase, T: int, B: int) -> bytes:
+    """A layer as a serialised ONNX model from x [T, B, I] to y [T, B, D*H]."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    op, order, attributes = ONNX_LAYERS[type(layer)]
+    suffixes = ("", "_reverse") if layer.bidirectional else ("",)
+    shape = [T, B, len(suffixes) * layer.hidden_size]
+
+    def reordered(name: str) -> np.ndarray:
+        gates = np.split(getattr(layer, name).detach().numpy(), len(order))
+        return np.concatenate([gates[k] for k in order])
+
+    constants = {"shape": np.array(shape)}
+    nodes, x = [], "x"
+    for n in range(layer.num_layers):
+        directions = [f"l{n}{suffix}" for suffix in suffixes]
+        constants[f"W{n}"] = np.stack([reordered(f"weight_ih_{d}") for d in directions])
+        constants[f"R{n}"] = np.stack([reordered(f"weight_hh_{d}") for d in directions])
+        constants[f"B{n}"] = np.stack(
+            [np.concatenate([reordered(f"bias_ih_{d}"), reordered(f"bias_hh_{d}")]) for d in directions]
+        )
+        # ONNX's output is [T, D, B, H].
+        nodes += [
+            helper.make_node(
+                op,
+                [x, f"W{n}", f"R{n}", f"B{n}"],
+                [f"TDBH{n}"],
+                hidden_size=layer.hidden_size,
+                direction="bidirectional" if layer.bidirectional else "forward",
+                **attributes,
+            ),
+            helper.make_node("Transpose", [f"TDBH{n}"], [f"TBDH{n}"], perm=[0, 2, 1, 3]),
+            helper.make_node("Reshape", [f"TBDH{n}", "shape"], [f"y{n}"]),
+        ]
+        x = f"y{n}"
+    graph = helper.make_graph(
+        nodes,
+        op,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [T, B, layer.input_size])],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", ONNX_OPSET)], ir_version=ONNX_IR)
+    return model.SerializeToString()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 import fastseq.nn
@@ -22,8 +23,9 @@ _DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: fastseq.nn.LSTMCell,
     nn.GRUCell: fastseq.nn.GRUCell,
     nn.RNNCell: fastseq.nn.RNNCell,
+    nn.MultiheadAttention: fastseq.nn.MultiheadAttention,
 }
-_NO_KERNEL_YET = {nn.MultiheadAttention}
+_PASSED_BY = "but in evaluation without gradients torch's TransformerEncoderLayer does all by itself"
 _ORIGINALS = {ours: theirs for theirs, ours in _DROP_INS.items()}
 
 
@@ -107,12 +109,12 @@ def explain(model: nn.Module) -> Explanation:
     """For each sequence layer of a model: which implementation serves it on its device and dtype, or why none does."""
     _require_module(model, "explain")
     rows = []
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    passed_by = {layer.self_attn for layer in layers if _has_fast_path(layer)}
     for name, module in model.named_modules():
         base = next((theirs for theirs in _DROP_INS if isinstance(module, theirs)), None)
-        if type(module) in _NO_KERNEL_YET:
-            rows.append(Row(name or "(the model)", f"torch.nn.{type(module).__name__}", "torch", "no kernel yet"))
-        elif base is not None:
-            served_by, note = _serving(module, base)
+        if base is not None:
+            served_by, note = _serving(module, base, _PASSED_BY if module in passed_by else "")
             kind = f"{type(module).__module__.split('.')[0]}.nn.{type(module).__name__}"
             if type(module) not in (base, _DROP_INS[base]):
                 kind = type(module).__qualname__
@@ -120,14 +122,15 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(rows)
 
 
-def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
+def _serving(module: nn.Module, base: type[nn.Module], more: str) -> tuple[str, str]:
+    """What serves the module, and what there is to say beside `more`, which counts for ours only."""
     if type(module) is base:
         return "torch", "not accelerated; fastseq.accelerate(model) changes that"
     if not isinstance(module, _DROP_INS[base]):
         return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
     assert isinstance(module, Served)
     weight = next(module.parameters())
-    op, device, dtype = module.op.table, weight.device.type, computes_in(weight.dtype)
+    op, device, dtype = module.table, weight.device.type, computes_in(weight.dtype)
     try:
         chosen = op.candidates(device, dtype)[0]
     except BackendError as error:  # an implementation is asked for by name and cannot serve
@@ -141,7 +144,22 @@ def _serving(module: nn.Module, base: type[nn.Module]) -> tuple[str, str]:
     if reason is not None:
         return "torch", "; ".join([reason, *passed_over])
     computed = [] if dtype == weight.dtype else [f"computed in {str(dtype).removeprefix('torch.')}"]
-    return chosen.name, "; ".join([*passed_over, *computed, *([module.note] if module.note else [])])
+    return chosen.name, "; ".join([*passed_over, *computed, *(note for note in (module.note, more) if note)])
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether the layer computes its attention itself in evaluation without gradients, as far as it can be told."""
+    attention = layer.self_attn
+    return (
+        isinstance(attention, nn.MultiheadAttention)
+        and type(layer).forward is nn.TransformerEncoderLayer.forward
+        and torch.backends.mha.get_fastpath_enabled()
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention.num_heads % 2 == 0
+        and bool(layer.activation_relu_or_gelu)
+        and layer.norm1.eps == layer.norm2.eps
+    )
 
 
 def _require_module(model: object, function: str) -> None:

@@ -8,6 +8,7 @@ os.environ["FASTSEQ_POISON"] = "1"
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastseq.registry import Impl, Op
 
@@ -25,6 +26,18 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def device_of(impl: Impl) -> str:
+    return "cuda" if impl.devices == {"cuda"} else "cpu"
+
+
+def assert_no_worse(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    """Our errors are at most twice theirs in the same precision, or what rounding the result makes."""
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert got.dtype == other.dtype
+        error, other_error = ((t - want).norm().item() for t in (got, other))
+        assert error <= max(2 * other_error, torch.finfo(got.dtype).eps * want.norm().item())
 
 
 def require(op: Op, impl: Impl, device: str, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from conftest import require
 from torch import nn
 
 import fastseq
+from fastseq.ops.attention import TABLE as ATTENTION
 from fastseq.ops.lstm import LSTM as LSTM_OP
 
 LSTM = LSTM_OP.table
@@ -29,6 +30,10 @@ class Tagger(nn.Module):
 
 
 class MyLSTM(nn.LSTM):
+    pass
+
+
+class MyAttention(nn.MultiheadAttention):
     pass
 
 
@@ -64,6 +69,20 @@ def test_a_layer_itself_is_a_model() -> None:
     assert type(fastseq.restore(layer)) is nn.LSTM
 
 
+def test_attention_inside_of_transformers() -> None:
+    model = nn.Transformer(8, 2, 1, 2, 12, dropout=0.0, batch_first=True)
+    state = list(model.state_dict())
+    source, target = torch.randn(3, 5, 8), torch.randn(3, 4, 8)
+    want = model(source, target)
+    layers = [m for m in fastseq.accelerate(model).modules() if isinstance(m, nn.MultiheadAttention)]
+    assert [type(m) for m in layers] == [fastseq.nn.MultiheadAttention] * 5
+    assert list(model.state_dict()) == state
+    torch.testing.assert_close(model(source, target), want)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(source, target), want)
+    assert all(type(m) is nn.MultiheadAttention for m in layers if fastseq.restore(model) is model)
+
+
 def test_filter() -> None:
     model = fastseq.accelerate(Tagger(), lambda module, name: name == "encoder")
     assert type(model.encoder) is fastseq.nn.LSTM
@@ -80,6 +99,7 @@ def test_explain_tells_who_serves_and_why_not() -> None:
             "rnn": nn.RNN(3, 4, nonlinearity="relu"),
             "cell": nn.LSTMCell(3, 4),
             "attention": nn.MultiheadAttention(4, 2),
+            "my attention": MyAttention(4, 2),
             "low": nn.LSTM(3, 4, dtype=torch.float16),
             "left": nn.LSTM(3, 4),
             "other": nn.Linear(3, 4),
@@ -91,9 +111,11 @@ def test_explain_tells_who_serves_and_why_not() -> None:
     served = LSTM.candidates("cpu", torch.float32)[0].name
     for name in ("plain", "projected", "gru", "rnn", "cell", "low"):
         assert rows[name].served_by == ("torch" if served == "reference" else served)
-    assert rows["mine"].served_by == "torch" and "subclass" in rows["mine"].note
+    for name in ("mine", "my attention"):
+        assert rows[name].served_by == "torch" and "subclass" in rows[name].note
     assert "computed in float32" in rows["low"].note
-    assert rows["attention"].served_by == "torch" and "no kernel yet" in rows["attention"].note
+    served = ATTENTION.candidates("cpu", torch.float32)[0].name
+    assert rows["attention"].served_by == served or (rows["attention"].served_by, served) == ("torch", "reference")
     assert rows["left"].served_by == "torch" and "fastseq.accelerate" in rows["left"].note
     printed = str(fastseq.explain(model))
     assert all(name in printed for name in rows) and printed.isascii()

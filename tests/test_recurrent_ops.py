@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from conftest import require, require_native
+from conftest import device_of, require, require_native
 from torch import Tensor
 
 import fastseq
@@ -54,10 +54,6 @@ def all_cases() -> list[tuple[tuple[Recurrent, Impl], torch.dtype, Case]]:
         chosen += [((op, impl), torch.float32, case) for case in cases]
         chosen += [((op, impl), torch.float64, case) for case in (cases if op is LSTM else SELF_CHECK_CASES)]
     return chosen
-
-
-def device_of(impl: Impl) -> str:
-    return "cuda" if impl.devices == {"cuda"} else "cpu"
 
 
 def needs_all(arguments: Arguments) -> list[bool]:

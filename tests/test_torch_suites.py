@@ -1,9 +1,12 @@
-"""torch's own module tests on fastseq's classes, each of which joins as soon as fastseq.nn has it.
+"""torch's own module tests on fastseq's classes, each of which joins as soon as fastseq.nn has it, and its tests of
+operators on fastseq's functions.
 
 Inputs, reference functions and errors are those of `torch.testing._internal.common_modules`. The tests are modelled on
 those of torch's test/test_modules.py, which no wheel carries, and have their names; test_save_load and test_free are
 more. Beside what torch asserts, torch's own class with the same parameters has to give the same results. torch's inputs
-for these classes have no batch, and its reference functions are the same module on a batch of one.
+for these classes have no batch, and its reference functions are the same module on a batch of one. Of the operators,
+inputs are those of `torch.testing._internal.common_methods_invocations`, tests those of torch's test/test_ops.py and
+test/test_ops_gradients.py.
 """
 
 import copy
@@ -22,7 +25,9 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import assert_no_worse
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -30,13 +35,15 @@ import fastseq
 
 # Importing torch's suites forbids all other tests of the run to set torch.backends' flags.
 with mock.patch("torch.backends.disable_global_flags"):
+    from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, ModuleInput, module_db
     from torch.testing._internal.common_utils import gradcheck, gradgradcheck
+    from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
 # What cannot hold: (class, test) -> reason.
 EXEMPT: dict[tuple[str, str], str] = {}
 
-NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "MultiheadAttention")
 OURS = {name: getattr(fastseq.nn, name) for name in NAMES if hasattr(fastseq.nn, name)}
 INFOS: dict[type, ModuleInfo] = {info.module_cls: info for info in module_db}
 
@@ -123,7 +130,8 @@ def call(module: nn.Module, given: ModuleInput) -> Any:
 
 
 def given_tensors(given: ModuleInput) -> list[Tensor]:
-    return tree_leaves((given.forward_input.args, given.forward_input.kwargs))
+    leaves = tree_leaves((given.forward_input.args, given.forward_input.kwargs))
+    return [t for t in leaves if isinstance(t, Tensor)]
 
 
 def assert_same(got: Any, want: Any, given: ModuleInput, **options: Any) -> None:
@@ -134,7 +142,7 @@ def assert_same(got: Any, want: Any, given: ModuleInput, **options: Any) -> None
 
 
 def gradients(outputs: Any, leaves: list[Tensor], change: Callable[[Tensor], Tensor] = lambda g: g) -> list[Tensor]:
-    outputs = tree_leaves(outputs)
+    outputs, leaves = tree_leaves(outputs), [t for t in leaves if t.requires_grad]  # not masks
     grads = [change(torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view(o.shape)) for o in outputs]
     return list(torch.autograd.grad(outputs, leaves, grads))
 
@@ -237,9 +245,10 @@ def test_non_contiguous_tensors(subject: Subject) -> None:
         theirs, ours = subject.twins(given)
         want = call(theirs, given)
         want_grads = gradients(want, [*given_tensors(given), *theirs.parameters()])
-        original = given.forward_input.args
+        originals = given.forward_input.args, given.forward_input.kwargs
         for inputs, grads, parameters in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
-            given.forward_input.args = tree_map_only(Tensor, spread, original) if inputs else original
+            args, kwargs = tree_map_only(Tensor, spread, originals) if inputs else originals
+            given.forward_input.args, given.forward_input.kwargs = args, kwargs
             for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
                 mine.data = spread(other) if parameters else other.detach()
             got = call(ours, given)
@@ -323,7 +332,10 @@ def test_device_ctx_init(subject: Subject) -> None:
 
 @each
 def test_errors(subject: Subject) -> None:
-    for error in subject.info.module_error_inputs_func(subject.info, "cpu", subject.dtype, False, subject.training):
+    create = subject.info.module_error_inputs_func
+    if create is None:
+        pytest.skip("torch lists no errors of this class")
+    for error in create(subject.info, "cpu", subject.dtype, False, subject.training):
         given = error.module_error_input
         texts = []
         for cls in (subject.theirs, subject.ours):
@@ -381,3 +393,143 @@ def test_free(subject: Subject) -> None:
         references = {name: weakref.ref(p) for name, p in [("the module", ours), *ours.named_parameters()]}
         del ours
         assert [name for name, reference in references.items() if reference() is not None] == []
+
+
+FUNCTIONS = ("scaled_dot_product_attention",)
+OPERATORS: dict[str, OpInfo] = {info.name: info for info in op_db}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A function of ours in one dtype."""
+
+    name: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def info(self) -> OpInfo:
+        return OPERATORS[f"nn.functional.{self.name}"]
+
+    def samples(self, requires_grad: bool = False, **options: Any) -> list[SampleInput]:
+        """Half of them: torch makes each twice."""
+        return list(self.info.sample_inputs("cpu", self.dtype, requires_grad, **options))[::2]
+
+    def ours(self, sample: SampleInput) -> Tensor:
+        return self._call(fastseq.functional, sample)
+
+    def theirs(self, sample: SampleInput) -> Tensor:
+        return self._call(nn.functional, sample)
+
+    def _call(self, module: Any, sample: SampleInput) -> Tensor:
+        torch.manual_seed(0)
+        return getattr(module, self.name)(sample.input, *sample.args, **sample.kwargs)
+
+
+OPERATORS_IN_DTYPES = [
+    Operator(name, dtype)
+    for name in FUNCTIONS
+    for dtype in sorted(OPERATORS[f"nn.functional.{name}"].supported_dtypes("cpu"), key=str)
+]
+each_operator = pytest.mark.parametrize("subject", OPERATORS_IN_DTYPES, ids=str)
+each_double_operator = pytest.mark.parametrize(
+    "subject", [s for s in OPERATORS_IN_DTYPES if s.dtype == torch.float64], ids=str
+)
+
+
+def sample_tensors(sample: SampleInput) -> list[Tensor]:
+    return [t for t in tree_leaves((sample.input, sample.args, sample.kwargs)) if isinstance(t, Tensor)]
+
+
+def transformed(sample: SampleInput, change: Callable[[Tensor], Tensor]) -> SampleInput:
+    return sample.transform(lambda t: change(t) if isinstance(t, Tensor) else t)
+
+
+@each_operator
+def test_operator_forward_and_backward(subject: Operator) -> None:
+    """What torch's gives, but for dropout, which draws other numbers: they are the same for the same seed.
+
+    torch's samples have scores of hundreds, in whose float32 there are four decimals.
+    """
+    for sample in subject.samples(requires_grad=True):
+        got = subject.ours(sample)
+        if sample.kwargs.get("dropout_p"):
+            assert torch.equal(got, subject.ours(sample))
+            continue
+        exact = transformed(sample, lambda t: t.detach().double().requires_grad_(t.requires_grad))
+        results = [
+            [out, *gradients(out, sample_tensors(given))]
+            for out, given in ((got, sample), (subject.theirs(sample), sample), (subject.theirs(exact), exact))
+        ]
+        if subject.dtype == torch.float64:
+            torch.testing.assert_close(*results[:2])
+        elif subject.dtype == torch.float32:
+            torch.testing.assert_close(*results[:2], rtol=1e-4, atol=1e-4)
+        else:
+            assert_no_worse(*results)
+
+
+@each_operator
+def test_operator_noncontiguous_samples(subject: Operator) -> None:
+    for sample in subject.samples(requires_grad=True):
+        other = sample.noncontiguous()
+        got, want = subject.ours(other), subject.ours(sample)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(
+            gradients(got, sample_tensors(other)), gradients(want, sample_tensors(sample), spread)
+        )
+
+
+@each_operator
+def test_operator_neg_view(subject: Operator) -> None:
+    for sample in subject.samples():
+        negative = transformed(sample, lambda t: torch._neg_view(-t))
+        assert negative.input.is_neg()
+        torch.testing.assert_close(subject.ours(negative), subject.ours(sample))
+
+
+@each_operator
+def test_operator_cow_input(subject: Operator) -> None:
+    """Inputs that are copied when somebody writes to them are not copied."""
+    for sample in subject.samples(requires_grad=True):
+        lazy = transformed(sample, lambda t: torch._lazy_clone(t.detach()).requires_grad_())
+        leaves = sample_tensors(lazy)
+        gradients(subject.ours(lazy), leaves)
+        assert all(torch._C._is_cow_tensor(t) for t in leaves)
+
+
+@each_operator
+def test_operator_fake(subject: Operator) -> None:
+    for sample in subject.samples():
+        with FakeTensorMode() as mode:
+            got = subject.ours(transformed(sample, mode.from_tensor))
+        want = subject.ours(sample)
+        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+
+
+@each_double_operator
+def test_operator_fn_grad(subject: Operator) -> None:
+    check_operator(gradcheck, subject, check_batched_grad=True)
+
+
+@each_double_operator
+def test_operator_fn_gradgrad(subject: Operator) -> None:
+    check_operator(gradgradcheck, subject, every=3)
+
+
+@each_double_operator
+def test_operator_forward_mode_AD(subject: Operator) -> None:  # noqa: N802
+    """Which torch's function does not have."""
+    check_operator(gradcheck, subject, check_forward_ad=True, check_backward_ad=False, check_batched_grad=False)
+
+
+def check_operator(check: Callable[..., bool], subject: Operator, every: int = 1, **options: Any) -> None:
+    for sample in subject.samples(requires_grad=True)[::every]:
+
+        def call(*tensors: Tensor, sample: SampleInput = sample) -> Tensor:
+            rest = iter(tensors)
+            return subject.ours(transformed(sample, lambda _: next(rest)))
+
+        assert check(call, sample_tensors(sample), fast_mode=True, **options)

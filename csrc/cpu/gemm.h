@@ -101,7 +101,7 @@ struct Packed {
   const T* panel(int64_t q) const { return data + q * K * kPanel<T>; }
 };
 
-// The left-hand matrix: [rows][K] with a stride between rows, or packed in tiles of kTileRows as [K][kTileRows].
+// The left-hand matrix: [rows][K] with a stride between rows, or transposed, [K][rows] with a stride between its K.
 template <typename T>
 struct Left {
   const T* data;
@@ -110,7 +110,7 @@ struct Left {
 
 // sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `panel_stride` behind the one before. Fetches what
 // is at `ahead` into the L2 cache on the way.
-template <typename T, int kRows, int kPanels, bool kPackedLeft>
+template <typename T, int kRows, int kPanels, bool kTransposedLeft>
 FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width,
                          bool add, const T* ahead) {
   constexpr int kVectors = kPanels * kPanelVectors;
@@ -122,7 +122,7 @@ FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_
     Vec<T> w[kVectors];
     for (int j = 0; j < kVectors; ++j) w[j] = load(panel + j / 2 * panel_stride + k * kPanel<T> + j % 2 * kLanes<T>);
     for (int i = 0; i < kRows; ++i) {
-      const T value = kPackedLeft ? left.data[k * kTileRows + i] : left.data[i * left.stride + k];
+      const T value = kTransposedLeft ? left.data[k * left.stride + i] : left.data[i * left.stride + k];
       for (int j = 0; j < kVectors; ++j) acc[i][j] += w[j] * value;
     }
   }
@@ -135,22 +135,22 @@ FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_
 }
 
 // Up to kTileRows rows of one panel.
-template <typename T, bool kPackedLeft = false>
+template <typename T, bool kTransposedLeft = false>
 void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width, bool add,
                const T* ahead) {
   switch (rows) {
     case 1:
-      return tile<T, 1, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+      return tile<T, 1, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
     case 2:
-      return tile<T, 2, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+      return tile<T, 2, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
     case 3:
-      return tile<T, 3, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+      return tile<T, 3, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
     case 4:
-      return tile<T, 4, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+      return tile<T, 4, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
     case 5:
-      return tile<T, 5, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+      return tile<T, 5, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
     case 6:
-      return tile<T, 6, 1, kPackedLeft>(K, left, panel, 0, sums, width, add, ahead);
+      return tile<T, 6, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
   }
 }
 
@@ -282,7 +282,7 @@ void multiply_outer(Rows<T> left, Rows<T> right, int64_t K, int64_t begin, int64
       }
       for (int64_t panel = 0; panel < plain.panels(); ++panel) {
         for (int64_t m = 0; m < rows; m += kTileRows)
-          tile_rows<T, true>(std::min<int64_t>(kTileRows, rows - m), depth, {packed_left + m * depth, 0},
+          tile_rows<T, true>(std::min<int64_t>(kTileRows, rows - m), depth, {packed_left + m * depth, kTileRows},
                              w.panel(panel), sums + m * kPanel<T>, kPanel<T>, false, w.panel(panel));
         for (int v = 0; v < kPanelVectors; ++v) {
           const int lanes = plain.lanes(panel, v);

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/threads.h"
+
 namespace fastseq {
 
 // How weights are stored beside float32 data: likewise, or in half precision, which only forward reads.
@@ -53,13 +55,6 @@ struct RecurrentBackward : RecurrentShape<T> {
   T *dh0, *dc0;                     // [D, B, P] and [D, B, H], or null
   T *dreset_h, *dreset_c;           // likewise
   RecurrentWeights<T> dweights[2];  // each may be null
-};
-
-// Runs body(context, calls) on up to `threads` threads at once, and returns when all are done. Whether it gets as many
-// is open; `calls` is how many calls of body there are to be.
-struct Threads {
-  int count;
-  void (*run)(int threads, void (*body)(void*, int), void* context);
 };
 
 // The kernels of one cell for one instruction set.

@@ -15,10 +15,9 @@
 //   kKeepsH      whether h_{t-1} goes into h_t past W_hh, and dh_t into dh_{t-1}
 //   step(...)    one step of a vector of units; step_back(...) its gradient
 #pragma once
-#include "cpu/arena.h"
 #include "cpu/gemm.h"
+#include "cpu/pass.h"
 #include "cpu/recurrent.h"
-#include "cpu/team.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
@@ -31,9 +30,6 @@ constexpr int64_t kUnpackedRows = 8;
 // The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they
 // are used (256 KB), but for at least so many rows that the weights' way from memory does not count.
 constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 96;
-
-// Member `member` of `members` gets [share(..), share(.. + 1)) of `count` things.
-inline int64_t share(int64_t count, int64_t member, int64_t members) { return count * member / members; }
 
 // Which directions a member works on, and with whom: [first, first + count).
 struct Side {
@@ -65,23 +61,6 @@ struct Share {
     member = 0, members = 1;
   }
 };
-
-// Calls body(rank, team) on every member of a team of about `size` threads.
-template <typename Body>
-void in_team(const Threads& threads, int size, const Body& body) {
-  struct Context {
-    Team team;
-    const Body& body;
-  } context{{}, body};
-  threads.run(
-      size,
-      [](void* opaque, int calls) {
-        auto& context = *static_cast<Context*>(opaque);
-        const int rank = context.team.join(calls);
-        if (rank >= 0) context.body(rank, context.team);
-      },
-      &context);
-}
 
 // Blocks of units in an order that turns round at every step: what was read last is still in the cache.
 template <typename Body>
@@ -513,15 +492,6 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
         }
   }
 };
-
-// Lays out the pass's scratch in the arena and runs it on a team.
-template <typename Pass, typename T>
-void run_pass(Pass& pass, const Threads& threads) {
-  const int size = pass.team_size(threads);
-  Arena<T> arena(pass.lay_out(nullptr, size));
-  pass.lay_out(arena.data(), size);
-  in_team(threads, size, [&](int rank, Team& team) { pass.run(rank, team); });
-}
 
 template <typename Cell, typename T>
 void forward(const RecurrentForward<T>& call, Threads threads) {

@@ -229,6 +229,67 @@ FASTSEQ_INLINE Vec<T> clamp(Vec<T> x, T limit) {  // NaN passes through
   return larger<T>(-high, smaller<T>(high, x));
 }
 
+// exp(x) for x up to kLimit, within 2 ulp; 0 below -kLimit.
+template <typename T>
+FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
+  const Vec<T> low = -Expm1<T>::kLimit - Vec<T>{};
+  Vec<T> scale, part;
+  expm1_parts<T>(larger<T>(low, x), scale, part);
+  return x < low ? Vec<T>{} : scale * part + scale;
+}
+
+// 2^x = 2^n 2^r with n whole and |r| <= 1/2. The polynomial for (2^r - 1) / r interpolates at Chebyshev nodes, so that
+// 2^0 is 1; its relative error in 2^r is in the comment.
+template <typename T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {  // 2.03e-7
+  static constexpr float kCoefficients[] = {
+      1.0f, 0.69314718056f, 0.24022349038f, 0.055503810138f, 0.00966636851539f, 0.00133813025373f};
+  static constexpr float kRound = 12582912.0f + 127.0f;  // leaves n and the exponent's bias in the low bits
+  static constexpr float kLeast = -126.0f;
+};
+
+template <>
+struct Exp2<double> {  // 8.45e-18
+  static constexpr double kCoefficients[] = {1.0,
+                                             0.69314718055994530942,
+                                             0.2402265069591009822,
+                                             0.055504108664821594339,
+                                             0.0096181291076068885273,
+                                             0.001333355814641693531,
+                                             0.00015403530441736050155,
+                                             0.000015252733829836118394,
+                                             1.3215442587921689653e-6,
+                                             1.0178062445845773521e-7,
+                                             7.0725859492692236999e-9,
+                                             4.4549605981865183938e-10};
+  static constexpr double kRound = 6755399441055744.0 + 1023.0;
+  static constexpr double kLeast = -1022.0;
+};
+
+// 2^x for x <= 0, within 3 ulp; below kLeast it is 0, or 2^kLeast where nobody minds.
+template <typename T, bool kMayVanish>
+FASTSEQ_INLINE Vec<T> exp2(Vec<T> x) {
+  using C = Exp2<T>;
+  using IntVec = typename Simd<T>::IntVec;
+  constexpr int kDegree = sizeof(C::kCoefficients) / sizeof(T) - 1;
+  const Vec<T> least = C::kLeast - Vec<T>{}, bounded = larger<T>(least, x);
+  const Vec<T> shifted = bounded + C::kRound;
+  const Vec<T> r = bounded - (shifted - C::kRound);
+  Vec<T> q = C::kCoefficients[kDegree] - Vec<T>{};
+  for (int i = kDegree - 1; i >= 0; --i) q = q * r + C::kCoefficients[i];
+  IntVec bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits <<= Expm1<T>::kMantissa;
+  Vec<T> scale;
+  memcpy(&scale, &bits, sizeof scale);
+  q *= scale;
+  if constexpr (kMayVanish) return x < least ? Vec<T>{} : q;
+  return q;
+}
+
 // Within 3 ulp of the exact value where that is at least exp(-kLimit).
 template <typename T>
 FASTSEQ_INLINE Vec<T> sigmoid(Vec<T> x) {

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/recurrent.h"
 #include "ops/tensors.h"
 
 namespace fastseq {
@@ -16,8 +17,6 @@ struct RecurrentOp {
   bool has_cell;
   const RecurrentKernels& (*kernels)();
 };
-
-using MaybeTensor = std::optional<Tensor>;
 
 // The tensors of a call in the layout that the kernels read, alive for as long as they run.
 struct RecurrentInputs {

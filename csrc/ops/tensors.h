@@ -13,20 +13,16 @@
 #include <string>
 #include <vector>
 
-#include "cpu/recurrent.h"
+#include "cpu/threads.h"
 
 namespace fastseq {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
-// A new contiguous CPU tensor, uninitialised.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[8], stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
-  }
+// A new CPU tensor, uninitialised, whose elements fill its memory.
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype) {
   const int32_t type = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, type,
@@ -36,6 +32,16 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   static const bool poison = std::getenv("FASTSEQ_POISON") != nullptr;
   if (poison) std::memset(made.mutable_data_ptr(), 0xff, size_t(made.numel()) * made.element_size());
   return made;
+}
+
+// A new contiguous one.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  return empty_strided(sizes, strides, dtype);
 }
 
 inline void check(bool sound, const char* op, const char* name, const char* expected) {

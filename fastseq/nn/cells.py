@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.serving import Served, are_sound, autocast_dtype, cast, requested, torch_forward, why_torch
-from fastseq.ops.contract import needs_graph
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast, requested, torch_forward, why_torch
+from fastseq.ops.contract import autocast_dtype, needs_graph
 from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import Arguments, Recurrent
@@ -18,7 +18,7 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _NO_STATES = (None, None)
 
 
-class _Cell(Served, torch.nn.RNNCellBase):
+class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
     """What the three cells share."""
 
     _autocast_lowers = False
@@ -39,7 +39,7 @@ class _Cell(Served, torch.nn.RNNCellBase):
             return result
         states = _NO_STATES if hx is None else hx if op.has_cell else (hx, None)
         given = x.dtype
-        reason = why_torch(op, x.device.type, given)
+        reason = why_torch(op.table, x.device.type, given)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
         if reason is not None or not self._is_sound(x, states, weights, low is not None):
             return torch_forward(torchs_forward, type(self).__name__, reason, x, hx)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.nn.serving import Served, are_sound, autocast_dtype, cast, torch_forward, why_torch
-from fastseq.ops.contract import needs_graph
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward, why_torch
+from fastseq.ops.contract import autocast_dtype, needs_graph
 from fastseq.ops.gru import GRU as GRU_OP
 from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.recurrent import Arguments, Recurrent
@@ -17,7 +17,7 @@ from fastseq.ops.rnn import RNN_RELU, RNN_TANH
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-class _Layers(Served, torch.nn.RNNBase):
+class _Layers(ServedRecurrent, torch.nn.RNNBase):
     """What the three modules share: torch's contract around calls of an op, layer by layer."""
 
     def _run(
@@ -45,7 +45,7 @@ class _Layers(Served, torch.nn.RNNBase):
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
         sizes = input.batch_sizes if packed else None
         sound = self._is_sound(x, sizes, hx, weights, low is not None)
-        reason = None if options and sound else why_torch(op, x.device.type, x.dtype)
+        reason = None if options and sound else why_torch(op.table, x.device.type, x.dtype)
         if reason is not None or not sound:
             if packed and hx is not None:  # which torch forgets to check, and reads past the states' end
                 self.check_forward_args(x, hx, sizes)

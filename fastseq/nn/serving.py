@@ -1,4 +1,4 @@
-"""Whether fastseq's ops serve a recurrent module's call, and in which dtype they compute it."""
+"""Whether fastseq's ops serve a module's call, and in which dtype they compute it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeigh
 
 from fastseq.dynamo import assume_constant_result
 from fastseq.ops.recurrent import Recurrent
-from fastseq.registry import HALF, OPS, BackendError, requested_backend
+from fastseq.registry import HALF, OPS, BackendError, Op, requested_backend
 
 
 # Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
@@ -31,7 +31,7 @@ def computes_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
-def why_torch(op: Recurrent, device: str, dtype: torch.dtype) -> str | None:
+def why_torch(op: Op, device: str, dtype: torch.dtype) -> str | None:
     """Why torch's path serves tensors of this kind, or None."""
     if _is_served(op.name, device, computes_in(dtype)):
         return None
@@ -47,16 +47,6 @@ def torch_forward(forward: Any, name: str, reason: str | None, *args: Any) -> An
     if reason is not None and (name_asked_for := requested()) is not None:
         raise BackendError(f"fastseq.nn.{name}: {name_asked_for} was asked for but {reason}")
     return forward(*args)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for in a call on x, or None: it leaves float64 alone."""
-    if x.dtype == torch.float64 or not torch._C._is_any_autocast_enabled():
-        return None
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def are_sound(weights: list[Any], dtype: torch.dtype, device: torch.device, autocast: bool) -> bool:
@@ -80,21 +70,19 @@ def cast(tensors: Any, dtype: torch.dtype) -> Any:
 
 
 class Served(torch.nn.Module):
-    """What fastseq's recurrent layers and cells share, whichever class of torch's they extend."""
+    """What fastseq's modules share, whichever class of torch's they extend."""
 
-    # Whether autocast gives its low precision back, as in torch, or float32.
-    _autocast_lowers = True
     note = ""  # for `explain`
 
     @property
-    def op(self) -> Recurrent:
-        """The op that serves this module."""
+    def table(self) -> Op:
+        """The table of the op that serves this module."""
         raise NotImplementedError  # each module names its own
 
     def why_torch(self) -> str | None:
         """Why this module takes torch's path whatever its input, or None."""
         weight = next(self.parameters())
-        return why_torch(self.op, weight.device.type, weight.dtype)
+        return why_torch(self.table, weight.device.type, weight.dtype)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script compiles in place of this module: torch's own, which shares everything with it."""
@@ -107,6 +95,22 @@ class Served(torch.nn.Module):
         """The weights by name, wherever parametrizations, pruning or DataParallel have put them."""
         parameters = self._parameters
         return [parameters[n] if n in parameters else getattr(self, n) for n in names]
+
+
+class ServedRecurrent(Served):
+    """What fastseq's recurrent layers and cells share."""
+
+    # Whether autocast gives its low precision back, as in torch, or float32.
+    _autocast_lowers = True
+
+    @property
+    def op(self) -> Recurrent:
+        """The op that serves this module."""
+        raise NotImplementedError  # each module names its own
+
+    @property
+    def table(self) -> Op:
+        return self.op.table
 
     def _split(self, state: Any) -> tuple[Any, Any] | None:
         """h and c of a state as users give it, or None if it is not one."""

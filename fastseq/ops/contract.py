@@ -53,6 +53,16 @@ def is_transformed(*grads: Tensor) -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for in a call on x, or None: it leaves float64 alone."""
+    if x.dtype == torch.float64 or not torch._C._is_any_autocast_enabled():
+        return None
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def grads_or_none(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:

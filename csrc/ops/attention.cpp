@@ -1,0 +1,234 @@
+// fastseq_native::attention and attention_backward: the contract of fastseq/ops/attention.py for CPU tensors in float32
+// and float64.
+#include "cpu/attention.h"
+
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "ops/tensors.h"
+
+namespace fastseq {
+
+namespace portable {
+extern const AttentionKernels attention_kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx512 {
+extern const AttentionKernels attention_kernels;
+}
+static const AttentionKernels& kernels() {
+  return chosen(portable::attention_kernels, avx2::attention_kernels, avx512::attention_kernels);
+}
+#else
+static const AttentionKernels& kernels() { return portable::attention_kernels; }
+#endif
+
+namespace {
+
+constexpr const char* kName = "attention";
+
+// The tensors of a call in the layout that the kernels read, alive for as long as they run.
+struct AttentionInputs {
+  Tensor q, k, v;
+  MaybeTensor mask, padding, slopes, ends_q, ends_k, seed;
+  double scale, softcap, dropout_p;
+  int64_t left, right;
+  bool bottom_right;
+  int64_t N, H, Hk, L, S, E, Ev;
+  ScalarType dtype;
+
+  void prepare() {
+    dtype = q.scalar_type();
+    check(dtype == ScalarType::Float || dtype == ScalarType::Double, kName, "query", "float32 or float64");
+    check(q.dim() == 4, kName, "query", "[N, H, L, E]");
+    check(k.dim() == 4, kName, "key", "[N, Hk, S, E]");
+    check(v.dim() == 4, kName, "value", "[N, Hk, S, Ev]");
+    N = q.size(0), H = q.size(1), L = q.size(2), E = q.size(3), Hk = k.size(1), S = k.size(2), Ev = v.size(3);
+    check(E > 0 && Ev > 0, kName, "the width of a head", "positive");
+    check(Hk > 0 ? H % Hk == 0 : H == 0, kName, "key's heads", "a divisor of query's");
+    check(q, kName, "query", {N, H, L, E}, dtype);
+    check(k, kName, "key", {N, Hk, S, E}, dtype);
+    check(v, kName, "value", {N, Hk, S, Ev}, dtype);
+    q = laid_out(q, true), k = laid_out(k, true), v = laid_out(v, true);
+    if (mask) {
+      check(mask->is_cpu() && (mask->scalar_type() == dtype || mask->scalar_type() == ScalarType::Bool), kName, "mask",
+            "on the CPU, and bool or of query's dtype");
+      const int64_t sizes[] = {N, H, L, S};
+      bool fits = mask->dim() == 4;
+      for (int i = 0; fits && i < 4; ++i) fits = mask->size(i) == sizes[i] || mask->size(i) == 1;
+      check(fits, kName, "mask", "broadcastable to [N, H, L, S]");
+      if (mask->size(3) > 1 && mask->stride(3) > 1) *mask = torch::stable::contiguous(*mask);
+    }
+    if (padding) check(*padding, kName, "key_padding", {N, S}, ScalarType::Bool), *padding = laid_out(*padding);
+    if (slopes) check(*slopes, kName, "slopes", {H}, dtype), *slopes = laid_out(*slopes);
+    check(bool(ends_q) == bool(ends_k), kName, "cu_seqlens_q and cu_seqlens_k", "given together");
+    if (ends_q) {
+      check(N == 1 && !mask && !padding, kName, "cu_seqlens_q", "left out with a batch, a mask or key_padding");
+      check(ends_q->dim() == 1 && ends_q->size(0) > 0, kName, "cu_seqlens_q", "[sequences + 1]");
+      read_ends(*ends_q, "cu_seqlens_q", L), read_ends(*ends_k, "cu_seqlens_k", S);
+    }
+    check(dropout_p >= 0 && dropout_p <= 1, kName, "dropout_p", "between 0 and 1");
+    if (dropout_p > 0)
+      check(seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, kName, "seed",
+            "one int64 on the CPU");
+  }
+
+  template <typename Scalar>
+  static Heads<Scalar> heads(const Tensor& t) {
+    return {static_cast<Scalar*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1), t.stride(2)};
+  }
+
+  template <typename Scalar>
+  void fill(AttentionShape<Scalar>& shape) const {
+    shape.N = N, shape.H = H, shape.Hk = Hk, shape.L = L, shape.S = S, shape.E = E, shape.Ev = Ev;
+    shape.q = heads<const Scalar>(q), shape.k = heads<const Scalar>(k), shape.v = heads<const Scalar>(v);
+    if (mask) {
+      if (mask->scalar_type() == ScalarType::Bool)
+        shape.allowed = static_cast<const bool*>(mask->const_data_ptr());
+      else
+        shape.bias = static_cast<const Scalar*>(mask->const_data_ptr());
+      int64_t* strides[] = {&shape.m_n, &shape.m_h, &shape.m_l, &shape.m_s};
+      for (int i = 0; i < 4; ++i) *strides[i] = mask->size(i) > 1 ? mask->stride(i) : 0;
+    }
+    if (padding) shape.padding = static_cast<const bool*>(padding->const_data_ptr());
+    if (slopes) shape.slopes = static_cast<const Scalar*>(slopes->const_data_ptr());
+    shape.sequences = N;
+    if (ends_q) {
+      shape.sequences = ends_q->size(0) - 1;
+      shape.ends_q = static_cast<const int64_t*>(ends_q->const_data_ptr());
+      shape.ends_k = static_cast<const int64_t*>(ends_k->const_data_ptr());
+    }
+    if (dropout_p > 0) {
+      std::memcpy(&shape.seed, seed->const_data_ptr(), sizeof shape.seed);
+      shape.dropped = uint32_t(std::min(65536.0, std::nearbyint(dropout_p * 65536)));
+      shape.kept = shape.dropped < 65536 ? Scalar(65536.0 / (65536 - shape.dropped)) : Scalar(0);
+    }
+    shape.scale = Scalar(scale), shape.softcap = Scalar(softcap);
+    shape.left = left, shape.right = right, shape.bottom_right = bottom_right;
+  }
+
+ private:
+  void read_ends(Tensor& ends, const char* name, int64_t rows) const {
+    check(ends, kName, name, {ends_q->size(0)}, ScalarType::Long);
+    ends = laid_out(ends);
+    const auto* at = static_cast<const int64_t*>(ends.const_data_ptr());
+    bool rising = at[0] == 0 && at[ends.size(0) - 1] == rows;
+    for (int64_t i = 1; i < ends.size(0); ++i) rising = rising && at[i - 1] <= at[i];
+    check(rising, kName, name, "rising from 0 to the number of rows");
+  }
+};
+
+// A new [N, heads, places, width], in memory in the order that `like` has: heads before or after places.
+Tensor empty_heads(const Tensor& like, int64_t width, ScalarType dtype) {
+  const int64_t N = like.size(0), H = like.size(1), L = like.size(2);
+  const bool places_first = like.stride(1) < like.stride(2);
+  const int64_t strides[] = {H * L * width, places_first ? width : L * width, places_first ? H * width : width, 1};
+  return empty_strided({N, H, L, width}, strides, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, MaybeTensor mask,
+                                             MaybeTensor key_padding, MaybeTensor slopes, MaybeTensor cu_seqlens_q,
+                                             MaybeTensor cu_seqlens_k, MaybeTensor seed, double scale, double softcap,
+                                             double dropout_p, int64_t left, int64_t right, bool bottom_right,
+                                             int64_t return_weights) {
+  AttentionInputs in{query, key,   value,   mask,      key_padding, slopes, cu_seqlens_q, cu_seqlens_k,
+                     seed,  scale, softcap, dropout_p, left,        right,  bottom_right};
+  in.prepare();
+  const auto [N, H, L, S] = std::tuple(in.N, in.H, in.L, in.S);
+  check(return_weights >= 0 && return_weights <= 2 && !(return_weights && cu_seqlens_q), kName, "return_weights",
+        "0, 1 or 2, and 0 with cu_seqlens_q");
+  const auto wanted = Weights(return_weights);
+  Tensor out = empty_heads(in.q, in.Ev, in.dtype), lse = empty({N, H, L}, in.dtype);
+  Tensor weights = wanted == Weights::kNone       ? empty({0}, in.dtype)
+                   : wanted == Weights::kEachHead ? empty({N, H, L, S}, in.dtype)
+                                                  : empty({N, L, S}, in.dtype);
+  const auto run = [&](auto zero, auto kernel) {
+    using Scalar = decltype(zero);
+    AttentionForward<Scalar> call{};
+    in.fill(call);
+    call.out = AttentionInputs::heads<Scalar>(out);
+    call.lse = static_cast<Scalar*>(lse.mutable_data_ptr());
+    call.weights = weights.numel() ? static_cast<Scalar*>(weights.mutable_data_ptr()) : nullptr;
+    call.wanted = wanted;
+    if (lse.numel()) kernel(call, threads());
+  };
+  if (in.dtype == ScalarType::Float)
+    run(0.0f, kernels().forward_float);
+  else
+    run(0.0, kernels().forward_double);
+  return {out, lse, weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    MaybeTensor dout, MaybeTensor dlse, Tensor query, Tensor key, Tensor value, MaybeTensor mask,
+    MaybeTensor key_padding, MaybeTensor slopes, MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor seed,
+    double scale, double softcap, double dropout_p, int64_t left, int64_t right, bool bottom_right, Tensor out,
+    Tensor lse, std::vector<bool> needs) {
+  AttentionInputs in{query, key,   value,   mask,      key_padding, slopes, cu_seqlens_q, cu_seqlens_k,
+                     seed,  scale, softcap, dropout_p, left,        right,  bottom_right};
+  in.prepare();
+  const auto [N, H, L] = std::tuple(in.N, in.H, in.L);
+  check(needs.size() == 4, kName, "needs", "a flag for query, key, value and mask");
+  check(!needs[3] || (mask && mask->scalar_type() == in.dtype), kName, "mask", "added, if its gradient is needed");
+  check(out, kName, "out", {N, H, L, in.Ev}, in.dtype);
+  check(lse, kName, "lse", {N, H, L}, in.dtype);
+  out = laid_out(out, true), lse = laid_out(lse);
+  const auto zeros = [&](Tensor t) {
+    std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
+    return t;
+  };
+  if (dout)
+    check(*dout, kName, "dout", {N, H, L, in.Ev}, in.dtype), *dout = laid_out(*dout, true);
+  else
+    dout = zeros(empty_heads(out, in.Ev, in.dtype));
+  if (dlse) check(*dlse, kName, "dlse", {N, H, L}, in.dtype), *dlse = laid_out(*dlse);
+  const auto wanted = [&](bool need, const Tensor& t) {
+    return need ? empty_heads(t, t.size(3), in.dtype) : empty({0}, in.dtype);
+  };
+  Tensor dq = wanted(needs[0], in.q), dk = wanted(needs[1], in.k), dv = wanted(needs[2], in.v);
+  Tensor dmask = empty({0}, in.dtype);
+  if (needs[3]) dmask = zeros(empty({mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, in.dtype));
+  const auto run = [&](auto zero, auto kernel) {
+    using Scalar = decltype(zero);
+    AttentionBackward<Scalar> call{};
+    in.fill(call);
+    call.dout = AttentionInputs::heads<const Scalar>(*dout), call.out = AttentionInputs::heads<const Scalar>(out);
+    call.lse = static_cast<const Scalar*>(lse.const_data_ptr());
+    if (dlse) call.dlse = static_cast<const Scalar*>(dlse->const_data_ptr());
+    if (dq.numel()) call.dq = AttentionInputs::heads<Scalar>(dq);
+    if (dk.numel()) call.dk = AttentionInputs::heads<Scalar>(dk);
+    if (dv.numel()) call.dv = AttentionInputs::heads<Scalar>(dv);
+    if (dmask.numel()) {
+      call.dbias = static_cast<Scalar*>(dmask.mutable_data_ptr());
+      int64_t* strides[] = {&call.d_n, &call.d_h, &call.d_l, &call.d_s};
+      for (int i = 0; i < 4; ++i) *strides[i] = dmask.size(i) > 1 ? dmask.stride(i) : 0;
+    }
+    if (N * H > 0) kernel(call, threads());
+  };
+  if (in.dtype == ScalarType::Float)
+    run(0.0f, kernels().backward_float);
+  else
+    run(0.0, kernels().backward_double);
+  return {dq, dk, dv, dmask};
+}
+
+}  // namespace
+}  // namespace fastseq
+
+#define FASTSEQ_ATTENTION_ARGUMENTS                                                                                  \
+  "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_padding, Tensor? slopes, Tensor? cu_seqlens_q," \
+  " Tensor? cu_seqlens_k, Tensor? seed, float scale, float softcap, float dropout_p, int left, int right,"           \
+  " bool bottom_right"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_native, m) {
+  m.def("attention(" FASTSEQ_ATTENTION_ARGUMENTS ", int return_weights) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_backward(Tensor? dout, Tensor? dlse, " FASTSEQ_ATTENTION_ARGUMENTS
+        ", Tensor out, Tensor lse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
+  m.impl("attention", TORCH_BOX(&fastseq::attention));
+  m.impl("attention_backward", TORCH_BOX(&fastseq::attention_backward));
+}
