@@ -23,7 +23,7 @@ lint: $(DONE)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## every case against every peer, about 10 minutes
+bench: $(VENV)/.bench  ## every case against every peer, over 20 minutes
 	$(BIN)/python -m pytest benches
 
 bench-smoke: $(VENV)/.bench

@@ -1,4 +1,4 @@
-"""Every instruction set of the extension that this machine has, on the op's tests."""
+"""Every instruction set of the extension that this machine has, on the ops' tests."""
 
 import os
 import subprocess
@@ -17,7 +17,10 @@ TESTS = [
     "gate_functions",
     "nan_and_inf",
     "two_python_threads",
+    "test_outputs_and_gradients",
+    "test_what_no_query_sees",
 ]
+FILES = ["test_recurrent_ops.py", "test_attention_ops.py"]
 
 
 def has(isa: str) -> bool:
@@ -26,16 +29,16 @@ def has(isa: str) -> bool:
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_op_on(isa: str) -> None:
+def test_ops_on(isa: str) -> None:
     require_native()
     if not has(isa):
         pytest.skip(f"this machine does not have {isa}")
     if isa == native.instruction_set():
         pytest.skip(f"{isa} is what all other tests ran on")
     environment = {**os.environ, "FASTSEQ_CPU_ISA": isa, "FASTSEQ_REQUIRE": "cpp"}
-    tests = Path(__file__).with_name("test_recurrent_ops.py")
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(tests), "-k", " or ".join(TESTS)],
+        [sys.executable, "-m", "pytest", "-q", *files, "-k", " or ".join(TESTS)],
         env=environment,
         capture_output=True,
         text=True,
