@@ -235,6 +235,19 @@ def test_large_cells_are_ours_and_small_ones_torchs(kind: str, options: dict, mo
         assert bool(called) == mine
 
 
+@pytest.mark.parametrize(("kind", "options"), CELLS, ids=str)
+@pytest.mark.parametrize("missing", ["weight_ih", "weight_hh"])
+def test_a_cell_without_a_weight_says_what_torchs_says(kind: str, options: dict, missing: str) -> None:
+    theirs, ours = pair(64, 64, kind=kind, **options)
+    messages = []
+    for cell in (theirs, ours):
+        setattr(cell, missing, None)
+        with torch.no_grad(), pytest.raises(TypeError) as raised:
+            cell(torch.randn(64, 64))
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
 def spying(called: list, function):
     def spy(*args, **kwargs):
         called.append(args)

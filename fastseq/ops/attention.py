@@ -412,7 +412,14 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=enable_gqa
         )
         if not sound:
-            raise ValueError("query, key, value and attn_mask must be plain floating tensors that fit together")
+            shapes = ", ".join(
+                f"{name} {list(t.shape)}"
+                for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask))
+                if t is not None
+            )
+            raise ValueError(
+                f"query, key, value and attn_mask must be plain floating tensors that fit together: {shapes}"
+            )
         if not 0 <= dropout_p <= 1:  # torch lets some pass
             raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     lead, (q, k, v) = _four_dimensional(query, key, value)

@@ -245,6 +245,7 @@ class Recurrent:
             not is_plain(x, h0, c0, lengths, reset, reset_h, reset_c, *weights)
             or torch._C._is_any_autocast_enabled()
             or x.dtype not in FLOATS
+            or weights[0] is None
             or weights[0].dtype != x.dtype
         ):
             return None
