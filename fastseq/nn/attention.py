@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
 from fastseq.nn.serving import Served, are_sound, computes_in, why_torch
-from fastseq.ops.attention import AVERAGE, EACH_HEAD, NO_WEIGHTS, TABLE, Arguments, attention
+from fastseq.ops.attention import TABLE, Arguments, attention, new_seed, wanted_weights
 from fastseq.ops.contract import autocast_dtype
 from fastseq.registry import HALF, Op
 
@@ -88,13 +88,12 @@ class _Call(NamedTuple):
             v,
             mask,
             key_padding,
-            seed=torch.randint(2**63 - 1, (), device="cpu") if self.dropout_p > 0 else None,
+            seed=new_seed(self.dropout_p),
             scale=1 / math.sqrt(q.shape[3]),
             dropout_p=self.dropout_p,
             right=0 if is_bounded else -1,
         )
-        wanted = NO_WEIGHTS if not self.need_weights else AVERAGE if self.average_attn_weights else EACH_HEAD
-        out, _, shares = attention(arguments, wanted)
+        out, _, shares = attention(arguments, wanted_weights(self.need_weights, self.average_attn_weights))
         if compute != given:
             out, shares = out.to(given), shares.to(given)
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3).contiguous()

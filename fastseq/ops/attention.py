@@ -336,13 +336,22 @@ def attention(arguments: Arguments, return_weights: int = NO_WEIGHTS) -> Outputs
     """The op, for arguments that have been checked."""
     tensors = arguments[:4]
     if is_plain(*tensors):
-        compute = _Function.apply if needs_graph(*tensors) else None
-        if compute is None:
-            return Outputs(*_forward(*arguments, return_weights))
-        return Outputs(*compute(True, *arguments, return_weights))
+        if needs_graph(*tensors):
+            return Outputs(*_Function.apply(True, *arguments, return_weights))
+        return Outputs(*_forward(*arguments, return_weights))
     if is_transformed():
         return Outputs(*reference.forward(*arguments, return_weights))
     return Outputs(*torch.ops.fastseq.attention(*arguments, return_weights))
+
+
+def wanted_weights(wanted: bool, average: bool) -> int:
+    """What the op calls the weights that a user asks for."""
+    return NO_WEIGHTS if not wanted else AVERAGE if average else EACH_HEAD
+
+
+def new_seed(dropout_p: float) -> Tensor | None:
+    """What dropout draws from, out of torch's default generator of the CPU; None without dropout."""
+    return torch.randint(2**63 - 1, (), device="cpu") if dropout_p > 0 else None
 
 
 def scaled_dot_product_attention(
@@ -467,7 +476,6 @@ def scaled_dot_product_attention(
         key_padding_mask = key_padding_mask.reshape(N, S)
 
     compute = torch.float32 if low is not None or query.dtype in HALF else query.dtype
-    seed = torch.randint(2**63 - 1, (), device="cpu") if dropout_p > 0 else None
     arguments = Arguments(
         q.to(compute),
         k.to(compute),
@@ -477,7 +485,7 @@ def scaled_dot_product_attention(
         None if alibi_slopes is None else alibi_slopes.detach().to(query.device, compute),
         cu_seqlens_q,
         cu_seqlens_k,
-        seed,
+        new_seed(dropout_p),
         (query.shape[-1] ** -0.5 if query.shape[-1] else 0.0) if scale is None else float(scale),
         float(softcap),
         float(dropout_p),
@@ -485,9 +493,7 @@ def scaled_dot_product_attention(
         right,
         bottom_right,
     )
-    out, lse, weights = attention(
-        arguments, NO_WEIGHTS if not return_weights else AVERAGE if average_weights else EACH_HEAD
-    )
+    out, lse, weights = attention(arguments, wanted_weights(return_weights, average_weights))
     wanted = low or query.dtype
     results = [out.to(wanted).reshape(*lead, L, v.shape[3])]
     if return_lse:
