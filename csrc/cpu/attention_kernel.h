@@ -193,11 +193,27 @@ struct Attention : Call {
     }
   }
 
-  // sums[rows][stride] += left[rows][kTileKeys] times `count` packed rows of a panel. Where these may be infinite or
-  // NaN, a 0 leaves them out.
-  void add_rows(int64_t rows, int64_t count, const T* left, const T* panel, T* sums, int64_t stride,
-                bool finite) const {
-    if (finite) return tile_rows<T>(rows, count, {left, kTileKeys}, panel, sums, stride, true, panel);
+  // sums[rows][stride] += left[rows][kTileKeys] times a packed tile's rows, for the keys that the bounds leave to
+  // queries [l, l + rows). Panels are `gap` apart. Where they may hold infinities or NaN, a 0 on the left leaves these
+  // out.
+  void add_rows(const Sequence& seq, int64_t l, int64_t rows, const Keys& keys, const T* left, const T* packed,
+                int64_t gap, T* sums, int64_t stride, bool finite) const {
+    for (int64_t p = 0; p < stride / kPanel<T>; ++p)
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
+        const int64_t from = std::max<int64_t>(0, first_key(seq, l + r) - keys.first);
+        const int64_t to = std::min(keys.count, end_key(seq, l + r + height - 1) - keys.first);
+        if (from >= to) continue;
+        const T *some = left + r * kTileKeys + from, *panel = packed + p * gap + from * kPanel<T>;
+        T* out = sums + r * stride + p * kPanel<T>;
+        if (finite)
+          tile_rows<T>(height, to - from, {some, kTileKeys}, panel, out, stride, true, panel);
+        else
+          add_but_zeros(height, to - from, some, panel, out, stride);
+      }
+  }
+
+  static void add_but_zeros(int64_t rows, int64_t count, const T* left, const T* panel, T* sums, int64_t stride) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = 0; j < count; ++j)
         for (int u = 0; left[r * kTileKeys + j] != 0 && u < kPanel<T>; ++u)
@@ -459,24 +475,9 @@ struct AttentionForwardPass : AttentionRows<T> {
         for (int64_t j = 0; j < seen; ++j) score[j] *= my.factors[j];
       }
     }
-    add_values(my, seq, l, i, rows, packed, keys, whole || is_finite(my, (keys.first - packed) / kTileKeys));
-  }
-
-  void add_values(Desk& my, const Sequence& seq, int64_t l, int64_t i, int64_t rows, int64_t packed, const Keys& keys,
-                  bool finite) const {
-    for (int64_t p = 0; p < value_width / kPanel<T>; ++p) {
-      const T* panel = my.v + (p * my.keys + keys.first - packed) * kPanel<T>;
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
-        const int64_t from = std::max<int64_t>(0, this->first_key(seq, i + r) - keys.first);
-        const int64_t to = std::min(keys.count, this->end_key(seq, i + r + height - 1) - keys.first);
-        if (from >= to) continue;
-        const T* left = my.scores + r * kTileKeys + from;
-        T* out = my.rows.sums + (i - l + r) * value_width + p * kPanel<T>;
-        const T* values = panel + from * kPanel<T>;
-        this->add_rows(height, to - from, left, values, out, value_width, finite);
-      }
-    }
+    const int64_t at = keys.first - packed;
+    this->add_rows(seq, i, rows, keys, my.scores, my.v + at * kPanel<T>, my.keys * kPanel<T>,
+                   my.rows.sums + (i - l) * value_width, value_width, whole || is_finite(my, at / kTileKeys));
   }
 
   // Where raw scores of query i go.
@@ -876,17 +877,9 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
                   width);
       }
     }
-    if (!dq) return;
-    for (int64_t p = 0; p < width / kPanel<T>; ++p)
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
-        const int64_t from = std::max<int64_t>(0, this->first_key(seq, i + r) - keys.first);
-        const int64_t to = std::min(keys.count, this->end_key(seq, i + r + height - 1) - keys.first);
-        if (from >= to) continue;
-        const T* panel = my.k_rows + (p * keys.count + from) * kPanel<T>;
-        this->add_rows(height, to - from, my.dscores + r * kTileKeys + from, panel,
-                       dq + (i + r) * width + p * kPanel<T>, width, my.keys_finite);
-      }
+    if (dq)
+      this->add_rows(seq, i, rows, keys, my.dscores, my.k_rows, keys.count * kPanel<T>, dq + i * width, width,
+                     my.keys_finite);
   }
 
   // sums[rows][stride] += left^T, [count][kTileKeys], times packed rows from `first` on.
