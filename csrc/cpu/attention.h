@@ -2,22 +2,26 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/stored.h"
 #include "cpu/threads.h"
 
 namespace fastseq {
 
 // [N, heads, places, width] by strides, contiguous in its last dimension.
-template <typename T>
 struct Heads {
-  T* data;
+  void* data;
   int64_t n, h, l;
-  T* row(int64_t sample, int64_t head, int64_t place) const { return data + sample * n + head * h + place * l; }
+  template <typename Element>
+  Element* row(int64_t sample, int64_t head, int64_t place) const {
+    return static_cast<Element*>(data) + sample * n + head * h + place * l;
+  }
 };
 
 template <typename T>
 struct AttentionShape {
   int64_t N, H, Hk, L, S, E, Ev;  // as in fastseq/ops/attention.py
-  Heads<const T> q, k, v;
+  Stored stored;                  // what there is of Heads
+  Heads q, k, v;
   const bool* allowed;         // a boolean mask or null, and
   const T* bias;               // one that is added or null, both
   int64_t m_n, m_h, m_l, m_s;  // by strides; m_s is 0 or 1
@@ -37,7 +41,7 @@ enum class Weights { kNone = 0, kEachHead = 1, kAverage = 2 };
 
 template <typename T>
 struct AttentionForward : AttentionShape<T> {
-  Heads<T> out;
+  Heads out;
   T* lse;      // [N, H, L]
   T* weights;  // [N, H, L, S] or averaged [N, L, S], or null
   Weights wanted;
@@ -45,9 +49,9 @@ struct AttentionForward : AttentionShape<T> {
 
 template <typename T>
 struct AttentionBackward : AttentionShape<T> {
-  Heads<const T> dout, out;    // dout without data for zeros
+  Heads dout, out;             // dout without data for zeros
   const T *dlse, *lse;         // [N, H, L]; dlse may be null
-  Heads<T> dq, dk, dv;         // each without data if it is not wanted
+  Heads dq, dk, dv;           // each without data if it is not wanted
   T* dbias;                    // zeros to begin with, or null
   int64_t d_n, d_h, d_l, d_s;  // its strides, 0 for what it does not tell apart
 };

@@ -39,14 +39,14 @@ struct Columns {
 };
 
 // Packs panels [begin, end) of a weight matrix w stored [columns][K] (as torch stores the matrix of x W^T).
-template <typename T, typename Stored>
-void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, const Stored* w, int64_t ld, int64_t K,
+template <typename T, typename Element>
+void pack_transposed(const Columns<T>& columns, int64_t begin, int64_t end, const Element* w, int64_t ld, int64_t K,
                      T* packed) {
   constexpr int n = kLanes<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int v = 0; v < kPanelVectors; ++v) {
       const int lanes = columns.lanes(panel, v);
-      const Stored* source = w + (lanes ? columns.first(panel, v) * ld : 0);
+      const Element* source = w + (lanes ? columns.first(panel, v) * ld : 0);
       T* target = packed + panel * K * kPanel<T> + v * n;
       int64_t k = 0;
       if (lanes == n) {
@@ -80,15 +80,16 @@ class Rows {
 };
 
 // Packs panels [begin, end) of a matrix whose row k is rows(k), for K rows.
-template <typename T>
-void pack_rows(const Columns<T>& columns, int64_t begin, int64_t end, Rows<T> rows, int64_t K, T* packed) {
+template <typename T, typename Element = T>
+void pack_rows(const Columns<T>& columns, int64_t begin, int64_t end, std::enable_if_t<true, Rows<Element>> rows,
+               int64_t K, T* packed) {
   for (int64_t k = 0; k < K; ++k) {
-    const T* row = rows(k);
+    const Element* row = rows(k);
     for (int64_t panel = begin; panel < end; ++panel)
       for (int v = 0; v < kPanelVectors; ++v) {
         const int lanes = columns.lanes(panel, v);
         store(packed + (panel * K + k) * kPanel<T> + v * kLanes<T>,
-              lanes ? load(row + columns.first(panel, v), lanes) : Vec<T>{});
+              lanes ? load_as<T>(row + columns.first(panel, v), lanes) : Vec<T>{});
       }
   }
 }
@@ -299,26 +300,31 @@ void multiply_outer(Rows<T> left, Rows<T> right, int64_t K, int64_t begin, int64
 }
 
 // result[n] (+)= sum over k < K of left[k] * w[k * ld + n] for n in [begin, end): one row times a matrix as it is.
-template <typename T>
-void multiply_row(const T* left, const T* w, int64_t ld, int64_t K, int64_t begin, int64_t end, T* result, bool add) {
-  constexpr int kVectors = 8, n = kLanes<T>;
-  const auto columns = [&](int64_t from, int count, int lanes) __attribute__((always_inline)) {
-    Vec<T> sums[kVectors] = {};
-    for (int64_t k = 0; k < K; ++k)
-      for (int j = 0; j < count; ++j) sums[j] += load(w + k * ld + from + j * n, lanes) * left[k];
-    for (int j = 0; j < count; ++j) {
-      T* out = result + from + j * n;
-      store(out, add ? load(out, lanes) + sums[j] : sums[j], lanes);
+template <typename T, typename Element>
+void multiply_row(const T* left, const Element* w, int64_t ld, int64_t K, int64_t begin, int64_t end, T* result,
+                  bool add) {
+  constexpr int n = kLanes<T>;
+  const auto columns = [&](auto vectors, int lanes) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    for (; begin + (kVectors - 1) * n + lanes <= end; begin += kVectors * n) {
+      Vec<T> sums[kVectors] = {};
+      for (int64_t k = 0; k < K; ++k)
+        for (int j = 0; j < kVectors; ++j) sums[j] += load_as<T>(w + k * ld + begin + j * n, lanes) * left[k];
+      for (int j = 0; j < kVectors; ++j) {
+        T* out = result + begin + j * n;
+        store(out, add ? load(out, lanes) + sums[j] : sums[j], lanes);
+      }
     }
   };
-  for (; begin + kVectors * n <= end; begin += kVectors * n) columns(begin, kVectors, n);
-  for (; begin + n <= end; begin += n) columns(begin, 1, n);
-  if (begin < end) columns(begin, 1, int(end - begin));
+  columns(std::integral_constant<int, 8>(), n);
+  columns(std::integral_constant<int, 4>(), n);
+  columns(std::integral_constant<int, 1>(), n);
+  if (begin < end) columns(std::integral_constant<int, 1>(), int(end - begin));
 }
 
 // kCount dot products of length K at once: rows w, w + gap, w + 2 gap, ... with v; added to `out`.
-template <int kCount, typename T, typename Stored>
-FASTSEQ_INLINE void dot_rows(const Stored* w, int64_t gap, const T* v, int64_t K, T* out) {
+template <int kCount, typename T, typename Element>
+FASTSEQ_INLINE void dot_rows(const Element* w, int64_t gap, const T* v, int64_t K, T* out) {
   constexpr int n = kLanes<T>;
   Vec<T> sums[2][kCount] = {};
   int64_t k = 0;
@@ -333,6 +339,30 @@ FASTSEQ_INLINE void dot_rows(const Stored* w, int64_t gap, const T* v, int64_t K
     for (int i = 0; i < kCount; ++i) sums[0][i] += load_as<T>(w + i * gap + k, lanes) * values;
   }
   for (int i = 0; i < kCount; ++i) out[i] += sum<T>(sums[0][i] + sums[1][i]);
+}
+
+// out[j] = rows[j * ld] . v for `count` rows of length K; `out` has room for whole vectors.
+template <typename T, typename Element>
+void dot_each(const Element* rows, int64_t ld, const T* v, int64_t K, int64_t count, T* out) {
+  constexpr int n = kLanes<T>;
+  constexpr auto lanes = std::make_index_sequence<n>{};
+  for (int64_t j = 0; j < count; j += n) {
+    Vec<T> sums[n] = {};
+    const auto add = [&](int64_t k, int width) __attribute__((always_inline)) {
+      const Vec<T> values = load(v + k, width);
+      for (int i = 0; i < n; ++i)
+        sums[i] += load_as<T>(rows + std::min<int64_t>(j + i, count - 1) * ld + k, width) * values;
+    };
+    int64_t k = 0;
+    for (; k + n <= K; k += n) add(k, n);
+    if (k < K) add(k, int(K - k));
+    // As in transpose, but that the halves of a shuffle are added.
+    for (int width = n / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i)
+        sums[i] = interleave<T, false>(sums[i], sums[i + width], lanes) +
+                  interleave<T, true>(sums[i], sums[i + width], lanes);
+    store(out + j, sums[0]);
+  }
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

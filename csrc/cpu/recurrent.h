@@ -2,12 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/stored.h"
 #include "cpu/threads.h"
 
 namespace fastseq {
-
-// How weights are stored beside float32 data: likewise, or in half precision, which only forward reads.
-enum class Stored { kSame, kBfloat16, kFloat16 };
 
 // Of one direction, contiguous: G gates (LSTM 4, GRU 3, RNN 1) in torch's order, H units, P outputs.
 template <typename T>

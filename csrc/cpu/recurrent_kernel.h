@@ -238,17 +238,11 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   template <typename Body>
   void with_weights(int64_t d, const Body& body) const {
     const auto& w = this->weights[d];
-    if constexpr (sizeof(T) == 4) {
-      const auto as = [&](auto stored) {
-        using Pointer = const decltype(stored)*;
-        const auto cast = [](const T* p) { return reinterpret_cast<Pointer>(p); };
-        body(RecurrentWeights<const decltype(stored)>{cast(w.w_ih), cast(w.w_hh), cast(w.b_ih), cast(w.b_hh),
-                                                      cast(w.w_hr)});
-      };
-      if (this->stored == Stored::kBfloat16) return as(Bfloat16{});
-      if (this->stored == Stored::kFloat16) return as(Float16{});
-    }
-    body(w);
+    with_stored<T>(this->stored, [&](auto element) {
+      using Element = const decltype(element);
+      const auto cast = [](const T* p) { return reinterpret_cast<Element*>(p); };
+      body(RecurrentWeights<Element>{cast(w.w_ih), cast(w.w_hh), cast(w.b_ih), cast(w.b_hh), cast(w.w_hr)});
+    });
   }
 
   // Packs the weights and sets the states to where they start.

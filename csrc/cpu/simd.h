@@ -8,6 +8,8 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/stored.h"
+
 #if !defined(FASTSEQ_ISA) || !defined(FASTSEQ_VECTOR_BYTES)
 #error "include the kernels through one of the sources in cpu/isa/"
 #endif
@@ -89,9 +91,9 @@ struct Float16 {
 };
 
 // A vector of what may be stored in half precision.
-template <typename T, typename Stored>
-FASTSEQ_INLINE Vec<T> load_as(const Stored* p) {
-  if constexpr (sizeof(Stored) == sizeof(T)) {
+template <typename T, typename Element>
+FASTSEQ_INLINE Vec<T> load_as(const Element* p) {
+  if constexpr (sizeof(Element) == sizeof(T)) {
     return load(p);
   } else {
     typedef uint16_t Halves __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
@@ -100,7 +102,7 @@ FASTSEQ_INLINE Vec<T> load_as(const Stored* p) {
     memcpy(&halves, p, sizeof halves);
     Words words = __builtin_convertvector(halves, Words);
     Vec<T> values;
-    if constexpr (std::is_same_v<Stored, Bfloat16>) {
+    if constexpr (std::is_same_v<Element, Bfloat16>) {
       words <<= 16;
       memcpy(&values, &words, sizeof values);
     } else {
@@ -117,17 +119,65 @@ FASTSEQ_INLINE Vec<T> load_as(const Stored* p) {
   }
 }
 
-template <typename T, typename Stored>
-FASTSEQ_INLINE Vec<T> load_as(const Stored* p, int n) {
-  if (n == kLanes<T>) return load_as<T>(p);
-  Stored lanes[kLanes<T>] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = p[i];
-  return load_as<T>(lanes);
+template <typename T, typename Element>
+FASTSEQ_INLINE Vec<T> load_as(const Element* p, int n) {
+  if constexpr (sizeof(Element) == sizeof(T)) {
+    return load(p, n);
+  } else {
+    if (n == kLanes<T>) return load_as<T>(p);
+    Element lanes[kLanes<T>] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load_as<T>(lanes);
+  }
 }
 
-template <typename T, typename Stored>
-FASTSEQ_INLINE T value_of(const Stored* p) {
-  if constexpr (sizeof(Stored) == sizeof(T))
+// Rounds the first n lanes to the nearest number that can be stored, to even ones in the middle.
+template <typename T, typename Element>
+FASTSEQ_INLINE void store_as(Element* p, Vec<T> v, int n) {
+  if constexpr (sizeof(Element) == sizeof(T)) {
+    store(p, v, n);
+  } else {
+    typedef uint16_t Halves __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
+    typedef uint32_t Words __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+    Words words;
+    memcpy(&words, &v, sizeof words);
+    const Words sign = (words >> 16) & 0x8000u, magnitude = words & 0x7fffffffu;
+    const Words nan = Words(magnitude > 0x7f800000u);
+    if constexpr (std::is_same_v<Element, Bfloat16>) {
+      words = (magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16;
+      words = (nan & 0x7fc0u) | (~nan & words) | sign;
+    } else {
+      // Adding 1/2 leaves a denormal's bits in the last places, rounded.
+      Vec<T> small;
+      memcpy(&small, &magnitude, sizeof small);
+      small += 0.5f;
+      Words tiny;
+      memcpy(&tiny, &small, sizeof tiny);
+      tiny -= 0x3f000000u;
+      const Words rounded = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+      const Words is_tiny = Words(magnitude < 0x38800000u), is_large = Words(magnitude >= 0x477ff000u);
+      words = (is_tiny & tiny) | (~is_tiny & rounded);
+      words = (is_large & 0x7c00u) | (~is_large & words);
+      words = (nan & 0x7e00u) | (~nan & words) | sign;
+    }
+    const Halves halves = __builtin_convertvector(words, Halves);
+    memcpy(p, &halves, n * sizeof(Element));
+  }
+}
+
+// Calls body with a number of the kind that is stored.
+template <typename T, typename Body>
+FASTSEQ_INLINE void with_stored(Stored stored, const Body& body) {
+  if constexpr (sizeof(T) == 4) {
+    if (stored == Stored::kBfloat16) return body(Bfloat16{});
+    if (stored == Stored::kFloat16) return body(Float16{});
+  }
+  body(T{});
+}
+
+template <typename T, typename Element>
+FASTSEQ_INLINE T value_of(const Element* p) {
+  if constexpr (sizeof(Element) == sizeof(T))
     return *p;
   else
     return load_as<T>(p, 1)[0];

@@ -1,5 +1,5 @@
-// fastseq_native::attention and attention_backward: the contract of fastseq/ops/attention.py for CPU tensors in float32
-// and float64.
+// fastseq_native::attention and attention_backward: the contract of fastseq/ops/attention.py for CPU tensors. Half
+// precision is how query, key, value, out and their gradients are stored; everything else is float32 then.
 #include "cpu/attention.h"
 
 #include <tuple>
@@ -38,24 +38,27 @@ struct AttentionInputs {
   int64_t left, right;
   bool bottom_right;
   int64_t N, H, Hk, L, S, E, Ev;
-  ScalarType dtype;
+  ScalarType given, dtype;  // of query, and what is computed in
 
   void prepare() {
-    dtype = q.scalar_type();
-    check(dtype == ScalarType::Float || dtype == ScalarType::Double, kName, "query", "float32 or float64");
+    given = q.scalar_type();
+    const bool half = given == ScalarType::BFloat16 || given == ScalarType::Half;
+    check(half || given == ScalarType::Float || given == ScalarType::Double, kName, "query",
+          "float32, float64, bfloat16 or float16");
+    dtype = half ? ScalarType::Float : given;
     check(q.dim() == 4, kName, "query", "[N, H, L, E]");
     check(k.dim() == 4, kName, "key", "[N, Hk, S, E]");
     check(v.dim() == 4, kName, "value", "[N, Hk, S, Ev]");
     N = q.size(0), H = q.size(1), L = q.size(2), E = q.size(3), Hk = k.size(1), S = k.size(2), Ev = v.size(3);
     check(E > 0 && Ev > 0, kName, "the width of a head", "positive");
     check(Hk > 0 ? H % Hk == 0 : H == 0, kName, "key's heads", "a divisor of query's");
-    check(q, kName, "query", {N, H, L, E}, dtype);
-    check(k, kName, "key", {N, Hk, S, E}, dtype);
-    check(v, kName, "value", {N, Hk, S, Ev}, dtype);
+    check(q, kName, "query", {N, H, L, E}, given);
+    check(k, kName, "key", {N, Hk, S, E}, given);
+    check(v, kName, "value", {N, Hk, S, Ev}, given);
     q = laid_out(q, true), k = laid_out(k, true), v = laid_out(v, true);
     if (mask) {
       check(mask->is_cpu() && (mask->scalar_type() == dtype || mask->scalar_type() == ScalarType::Bool), kName, "mask",
-            "on the CPU, and bool or of query's dtype");
+            "on the CPU, and bool or of the dtype that is computed in");
       const int64_t sizes[] = {N, H, L, S};
       bool fits = mask->dim() == 4;
       for (int i = 0; fits && i < 4; ++i) fits = mask->size(i) == sizes[i] || mask->size(i) == 1;
@@ -76,15 +79,15 @@ struct AttentionInputs {
             "one int64 on the CPU");
   }
 
-  template <typename Scalar>
-  static Heads<Scalar> heads(const Tensor& t) {
-    return {static_cast<Scalar*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1), t.stride(2)};
+  static Heads heads(const Tensor& t) {
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
   }
 
   template <typename Scalar>
   void fill(AttentionShape<Scalar>& shape) const {
     shape.N = N, shape.H = H, shape.Hk = Hk, shape.L = L, shape.S = S, shape.E = E, shape.Ev = Ev;
-    shape.q = heads<const Scalar>(q), shape.k = heads<const Scalar>(k), shape.v = heads<const Scalar>(v);
+    shape.stored = stored_as(given);
+    shape.q = heads(q), shape.k = heads(k), shape.v = heads(v);
     if (mask) {
       if (mask->scalar_type() == ScalarType::Bool)
         shape.allowed = static_cast<const bool*>(mask->const_data_ptr());
@@ -141,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   check(return_weights >= 0 && return_weights <= 2 && !(return_weights && cu_seqlens_q), kName, "return_weights",
         "0, 1 or 2, and 0 with cu_seqlens_q");
   const auto wanted = Weights(return_weights);
-  Tensor out = empty_heads(in.q, in.Ev, in.dtype), lse = empty({N, H, L}, in.dtype);
+  Tensor out = empty_heads(in.q, in.Ev, in.given), lse = empty({N, H, L}, in.dtype);
   Tensor weights = wanted == Weights::kNone       ? empty({0}, in.dtype)
                    : wanted == Weights::kEachHead ? empty({N, H, L, S}, in.dtype)
                                                   : empty({N, L, S}, in.dtype);
@@ -149,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
     using Scalar = decltype(zero);
     AttentionForward<Scalar> call{};
     in.fill(call);
-    call.out = AttentionInputs::heads<Scalar>(out);
+    call.out = AttentionInputs::heads(out);
     call.lse = static_cast<Scalar*>(lse.mutable_data_ptr());
     call.weights = weights.numel() ? static_cast<Scalar*>(weights.mutable_data_ptr()) : nullptr;
     call.wanted = wanted;
@@ -173,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const auto [N, H, L] = std::tuple(in.N, in.H, in.L);
   check(needs.size() == 4, kName, "needs", "a flag for query, key, value and mask");
   check(!needs[3] || (mask && mask->scalar_type() == in.dtype), kName, "mask", "added, if its gradient is needed");
-  check(out, kName, "out", {N, H, L, in.Ev}, in.dtype);
+  check(out, kName, "out", {N, H, L, in.Ev}, in.given);
   check(lse, kName, "lse", {N, H, L}, in.dtype);
   out = laid_out(out, true), lse = laid_out(lse);
   const auto zeros = [&](Tensor t) {
@@ -181,12 +184,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     return t;
   };
   if (dout)
-    check(*dout, kName, "dout", {N, H, L, in.Ev}, in.dtype), *dout = laid_out(*dout, true);
+    check(*dout, kName, "dout", {N, H, L, in.Ev}, in.given), *dout = laid_out(*dout, true);
   else
-    dout = zeros(empty_heads(out, in.Ev, in.dtype));
+    dout = zeros(empty_heads(out, in.Ev, in.given));
   if (dlse) check(*dlse, kName, "dlse", {N, H, L}, in.dtype), *dlse = laid_out(*dlse);
   const auto wanted = [&](bool need, const Tensor& t) {
-    return need ? empty_heads(t, t.size(3), in.dtype) : empty({0}, in.dtype);
+    return need ? empty_heads(t, t.size(3), in.given) : empty({0}, in.given);
   };
   Tensor dq = wanted(needs[0], in.q), dk = wanted(needs[1], in.k), dv = wanted(needs[2], in.v);
   Tensor dmask = empty({0}, in.dtype);
@@ -195,12 +198,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     using Scalar = decltype(zero);
     AttentionBackward<Scalar> call{};
     in.fill(call);
-    call.dout = AttentionInputs::heads<const Scalar>(*dout), call.out = AttentionInputs::heads<const Scalar>(out);
+    call.dout = AttentionInputs::heads(*dout), call.out = AttentionInputs::heads(out);
     call.lse = static_cast<const Scalar*>(lse.const_data_ptr());
     if (dlse) call.dlse = static_cast<const Scalar*>(dlse->const_data_ptr());
-    if (dq.numel()) call.dq = AttentionInputs::heads<Scalar>(dq);
-    if (dk.numel()) call.dk = AttentionInputs::heads<Scalar>(dk);
-    if (dv.numel()) call.dv = AttentionInputs::heads<Scalar>(dv);
+    if (dq.numel()) call.dq = AttentionInputs::heads(dq);
+    if (dk.numel()) call.dk = AttentionInputs::heads(dk);
+    if (dv.numel()) call.dv = AttentionInputs::heads(dv);
     if (dmask.numel()) {
       call.dbias = static_cast<Scalar*>(dmask.mutable_data_ptr());
       int64_t* strides[] = {&call.d_n, &call.d_h, &call.d_l, &call.d_s};

@@ -105,9 +105,7 @@ struct RecurrentInputs {
     shape.reset = data<bool>(reset);
     shape.reset_h = data<Scalar>(reset_h), shape.reset_c = data<Scalar>(reset_c);
     shape.h0 = data<Scalar>(h0), shape.c0 = data<Scalar>(c0);
-    shape.stored = stored == ScalarType::BFloat16 ? Stored::kBfloat16
-                   : stored == ScalarType::Half   ? Stored::kFloat16
-                                                  : Stored::kSame;
+    shape.stored = stored_as(stored);
     each_weight(weights, [](const Tensor& t) { return static_cast<const Scalar*>(t.const_data_ptr()); }, shape.weights);
   }
 

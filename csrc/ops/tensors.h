@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/stored.h"
 #include "cpu/threads.h"
 
 namespace fastseq {
@@ -23,7 +24,10 @@ using MaybeTensor = std::optional<Tensor>;
 
 // A new CPU tensor, uninitialised, whose elements fill its memory.
 inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype) {
-  const int32_t type = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  const int32_t type = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
+                                                     : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, type,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
@@ -57,6 +61,13 @@ inline void check(const Tensor& t, const char* op, const char* name, std::initia
   std::string expected;
   for (const int64_t size : sizes) expected += (expected.empty() ? "[" : ", ") + std::to_string(size);
   check(false, op, name, (expected + "]").c_str());
+}
+
+// How a kernel reads tensors of this dtype.
+inline Stored stored_as(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? Stored::kBfloat16
+         : dtype == ScalarType::Half   ? Stored::kFloat16
+                                       : Stored::kSame;
 }
 
 // A tensor with elements in order in the last dimension, and in all of them unless `rows` will do.
