@@ -7,9 +7,13 @@ namespace fastseq::FASTSEQ_ISA {
 // Tiles of queries whose gradients are one task, where tasks are split by queries.
 constexpr int64_t kChunkTiles = 4;
 
+// Queries of a tile, which sums over queries are made of.
 template <typename T>
-struct AttentionBackwardPass : Attention<T, AttentionBackward<T>> {
-  using Base = Attention<T, AttentionBackward<T>>;
+constexpr int64_t kBackwardQueries = FASTSEQ_VECTOR_BYTES == 64 ? 2 * kPanel<T> : 48;
+
+template <typename T>
+struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueries<T>> {
+  using Base = Attention<T, AttentionBackward<T>, kBackwardQueries<T>>;
   using Base::E, Base::Ev, Base::group, Base::H, Base::Hk, Base::kStride, Base::L, Base::S, Base::value_width,
       Base::width;
   using typename Base::Sequence;

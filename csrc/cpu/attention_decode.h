@@ -19,7 +19,7 @@ struct AttentionDecodePass : AttentionRows<T> {
   int64_t rows, splits, split_keys, desk_size, part_size;
   T *desks, *parts;
 
-  static bool serves(const Attention<T, AttentionForward<T>>& call) {
+  static bool serves(const AttentionRows<T>& call) {
     return call.group * call.longest_q <= kMostRows && !call.weights;
   }
 

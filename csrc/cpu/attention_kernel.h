@@ -13,7 +13,7 @@ void run_attention(const Call& call, const Threads& threads) {
 
 template <typename T>
 void attention_forward(const AttentionForward<T>& call, Threads threads) {
-  if (AttentionDecodePass<T>::serves(Attention<T, AttentionForward<T>>(call)))
+  if (AttentionDecodePass<T>::serves(AttentionRows<T>(call)))
     run_attention<AttentionDecodePass<T>, T>(call, threads);
   else
     run_attention<AttentionForwardPass<T>, T>(call, threads);

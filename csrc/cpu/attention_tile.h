@@ -1,7 +1,7 @@
 // Scaled dot product attention on the CPU: what all passes know about sequences, masks and tiles of scores. Formulas:
 // fastseq/reference/attention.py.
 //
-// Scores exist a tile at a time: [kTileKeys][kTileQueries], in the cache. Queries are the vectors' lanes, so that a
+// Scores exist a tile at a time: [kTileKeys][kStride] of keys and queries, in the cache. Queries are the vectors' lanes, so that a
 // maximum or a sum over keys needs nothing but vectors, and keys are read where they are.
 //
 // What a row of out or of a gradient is summed up from, and in which order, depends on nothing but shapes: results are
@@ -15,13 +15,11 @@ namespace fastseq::FASTSEQ_ISA {
 
 // Keys of a tile, which is also the period of dropout's numbers.
 constexpr int64_t kTileKeys = 128;
-// Queries of a tile, whole panels of them. Scores take 24 KB in the L1 cache, 32 KB with AVX-512.
-template <typename T>
-constexpr int64_t kTileQueries = (48 + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kAttentionWorkPerThread = 192 * 1024;
 
-template <typename T, typename Call>
+// kQueries: queries of a tile, whole panels of them.
+template <typename T, typename Call, int64_t kQueries>
 struct Attention : Call {
   using Call::E, Call::Ev, Call::H, Call::Hk, Call::L, Call::S;
 
@@ -35,7 +33,7 @@ struct Attention : Call {
   };
 
   static constexpr T kMinusInfinity = -__builtin_inf();
-  static constexpr int64_t kStride = kTileQueries<T>;
+  static constexpr int64_t kStride = kQueries;
 
   int64_t width = padded(E), value_width = padded(Ev), group = Hk ? H / Hk : 0;
   int64_t longest_q = L, longest_k = S;

@@ -14,8 +14,8 @@ namespace fastseq::FASTSEQ_ISA {
 constexpr int kPanelVectors = 2;
 template <typename T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
-// 6 x 2 sums, 2 vectors of the panel and a broadcast fill the 16 registers of AVX2.
-constexpr int kTileRows = 6;
+// 6 x 2 sums, 2 vectors of the panel and a broadcast fill the 16 registers of AVX2; AVX-512 has 32.
+constexpr int kTileRows = FASTSEQ_VECTOR_BYTES == 64 ? 8 : 6;
 // Fewer rows take several panels at once: an FMA's latency wants eight sums in flight, and there are registers for
 // twelve.
 constexpr int kWideRows = 3;
@@ -135,24 +135,21 @@ FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_
   }
 }
 
+// Up to kMost rows of one panel.
+template <typename T, bool kTransposedLeft, int kMost>
+FASTSEQ_INLINE void tile_of_up_to(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width,
+                                  bool add, const T* ahead) {
+  if (rows == kMost)
+    tile<T, kMost, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
+  else if constexpr (kMost > 1)
+    tile_of_up_to<T, kTransposedLeft, kMost - 1>(rows, K, left, panel, sums, width, add, ahead);
+}
+
 // Up to kTileRows rows of one panel.
 template <typename T, bool kTransposedLeft = false>
 void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width, bool add,
                const T* ahead) {
-  switch (rows) {
-    case 1:
-      return tile<T, 1, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 2:
-      return tile<T, 2, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 3:
-      return tile<T, 3, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 4:
-      return tile<T, 4, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 5:
-      return tile<T, 5, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
-    case 6:
-      return tile<T, 6, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
-  }
+  tile_of_up_to<T, kTransposedLeft, kTileRows>(rows, K, left, panel, sums, width, add, ahead);
 }
 
 // A tile of kRows rows and of as many of `count` panels as it takes, at most kMost; returns how many.
