@@ -51,7 +51,7 @@ template <typename T>
 struct AttentionBackward : AttentionShape<T> {
   Heads dout, out;             // dout without data for zeros
   const T *dlse, *lse;         // [N, H, L]; dlse may be null
-  Heads dq, dk, dv;           // each without data if it is not wanted
+  Heads dq, dk, dv;            // each without data if it is not wanted
   T* dbias;                    // zeros to begin with, or null
   int64_t d_n, d_h, d_l, d_s;  // its strides, 0 for what it does not tell apart
 };

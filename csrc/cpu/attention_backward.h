@@ -37,17 +37,17 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
 
   // A member's scratch.
   struct Desk {
-    T *q, *dout;                // packed tiles of queries, scaled, and of out's gradients, of the heads that share keys,
-    T *q_rows, *dout_rows;      // and as the right-hand side of products over queries
-    T *base, *share, *delta;    // weights are exp(score - base) * share, and delta is dout . out - dlse
+    T *q, *dout;              // packed tiles of queries, scaled, and of out's gradients, of the heads that share keys,
+    T *q_rows, *dout_rows;    // and as the right-hand side of products over queries
+    T *base, *share, *delta;  // weights are exp(score - base) * share, and delta is dout . out - dlse
     T *k, *v, *k_rows, *zeros;  // a tile of keys and values, copied if need be, and packed; a row of padding
     const T *keys, *values;
     bool keys_finite;
-    T *dq, *dk, *dv;                             // sums
-    T *scores, *dscores, *slopes, *factors;      // of a tile
-    T* out;                                      // packed
-    T *largest, *weight, *shrink;                // of its queries
-    int64_t sequence = -1, head = -1;            // whose queries are packed
+    T *dq, *dk, *dv;                         // sums
+    T *scores, *dscores, *slopes, *factors;  // of a tile
+    T* out;                                  // packed
+    T *largest, *weight, *shrink;            // of its queries
+    int64_t sequence = -1, head = -1;        // whose queries are packed
   };
 
   Desk desk(Pieces<T>& pieces) const {
@@ -182,7 +182,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
         for (int64_t i = 0; i < tile.width(); i += kLanes<T>) {
           const int64_t panel = i / kPanel<T> * kPanel<T> * Ev + i % kPanel<T>;
           Vec<T> total{};  // in the order of products with values, which it cancels where one weight is 1
-          for (int64_t e = 0; e < Ev; ++e) total += load(dout + panel + e * kPanel<T>) * load(my.out + panel + e * kPanel<T>);
+          for (int64_t e = 0; e < Ev; ++e)
+            total += load(dout + panel + e * kPanel<T>) * load(my.out + panel + e * kPanel<T>);
           store(queries_of(my.delta, 1, g, l + i), total);
         }
       }
@@ -245,7 +246,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
   }
 
   // What the queries and the keys of a tile, whole as it was packed, give each other.
-  void tile_backward(Desk& my, const Sequence& seq, int64_t g, const Tile& packed, bool with_keys, bool with_queries) const {
+  void tile_backward(Desk& my, const Sequence& seq, int64_t g, const Tile& packed, bool with_keys,
+                     bool with_queries) const {
     Tile tile = packed;
     if (!this->narrow(seq, tile) || this->left_out(seq, tile)) return;
     const int64_t l = tile.l, j = tile.s - packed.s, gap = packed.keys * kPanel<T>;

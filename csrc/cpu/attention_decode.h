@@ -14,19 +14,17 @@ struct AttentionDecodePass : AttentionRows<T> {
   using typename Base::Sequence;
   using typename Base::Tile;
 
-  static constexpr int64_t kMostRows = 8, kTasks = 32, kLeastKeys = 4 * kTileKeys;
+  static constexpr int64_t kMostRows = 8, kTasks = 32, kKeys = 4 * kTileKeys;
 
   int64_t rows, splits, split_keys, desk_size, part_size;
   T *desks, *parts;
 
-  static bool serves(const AttentionRows<T>& call) {
-    return call.group * call.longest_q <= kMostRows && !call.weights;
-  }
+  static bool serves(const AttentionRows<T>& call) { return call.group * call.longest_q <= kMostRows && !call.weights; }
 
   AttentionDecodePass(const AttentionForward<T>& call, int) : Base(call) {
     rows = group * this->longest_q;
     const int64_t heads = std::max<int64_t>(1, this->sequences * Hk), keys = std::max<int64_t>(1, this->longest_k);
-    splits = std::max<int64_t>(1, std::min((kTasks + heads - 1) / heads, keys / kLeastKeys));
+    splits = std::max<int64_t>(1, std::min((kTasks + heads - 1) / heads, keys / kKeys));
     split_keys = ((keys + splits - 1) / splits + kTileKeys - 1) / kTileKeys * kTileKeys;
     splits = (keys + split_keys - 1) / split_keys;
   }
@@ -41,8 +39,8 @@ struct AttentionDecodePass : AttentionRows<T> {
     Desk desk{};
     desk.q = pieces.take(rows * E);
     desk.rows = Progress::take(pieces, rows, *this);
-    desk.scores = pieces.take(kTileKeys);
-    desk.factors = pieces.take(kTileKeys);
+    desk.scores = pieces.take(kKeys);
+    desk.factors = pieces.take(this->dropped ? kKeys : 0);
     return desk;
   }
 
@@ -93,8 +91,8 @@ struct AttentionDecodePass : AttentionRows<T> {
       for (int64_t e = 0; e < E; ++e) my.q[row * E + e] = value_of<T>(q + e) * this->scale;
     });
     const int64_t last = std::min(s + split_keys, this->end_key(seq, seq.L - 1));
-    for (s = std::max(s, this->first_key(seq, 0) / kTileKeys * kTileKeys); s < last; s += kTileKeys) {
-      const int64_t count = std::min(kTileKeys, last - s);
+    for (s = std::max(s, this->first_key(seq, 0) / kTileKeys * kTileKeys); s < last; s += kKeys) {
+      const int64_t count = std::min(kKeys, last - s);
       if (this->padded_keys(seq, s, count) == count) continue;
       const Element* k = this->k.template row<Element>(seq.sample, head, seq.k0 + s);
       const Element* v = this->v.template row<Element>(seq.sample, head, seq.k0 + s);
@@ -104,7 +102,7 @@ struct AttentionDecodePass : AttentionRows<T> {
         if (!whole) finish_scores(seq, h, l, s, count, my.scores);
         softmax(my.rows, row, my.scores, count);
         if (this->dropped) {
-          this->draw_row(seq, h, l, s, my.factors);
+          for (int64_t i = 0; i < count; i += kTileKeys) this->draw_row(seq, h, l, s + i, my.factors + i);
           for (int64_t i = 0; i < count; ++i) my.scores[i] *= my.factors[i];
         }
         T* sums = my.rows.sums + row * value_width;
@@ -118,8 +116,7 @@ struct AttentionDecodePass : AttentionRows<T> {
   }
 
   void finish_rows(const Progress& progress, const Sequence& seq, int64_t head) const {
-    each_row(seq, head,
-             [&](int64_t row, int64_t h, int64_t l) { this->finish(progress, row, seq, h, l, 1); });
+    each_row(seq, head, [&](int64_t row, int64_t h, int64_t l) { this->finish(progress, row, seq, h, l, 1); });
   }
 
   template <typename Element>
@@ -147,7 +144,8 @@ struct AttentionDecodePass : AttentionRows<T> {
         store(score + j, more == never ? never : load(score + j) + more);
       }
       for (int i = 0; i < lanes; ++i)
-        if ((padding && padding[s + j + i]) || s + j + i < first || s + j + i >= end) score[j + i] = Base::kMinusInfinity;
+        if ((padding && padding[s + j + i]) || s + j + i < first || s + j + i >= end)
+          score[j + i] = Base::kMinusInfinity;
     }
   }
 

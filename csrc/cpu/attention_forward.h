@@ -85,10 +85,10 @@ struct AttentionForwardPass : AttentionRows<T> {
 
   // A member's scratch.
   struct Desk {
-    T* q;             // a chunk's queries, packed and scaled
-    Progress rows;    // of a chunk
+    T* q;              // a chunk's queries, packed and scaled
+    Progress rows;     // of a chunk
     T *k, *v, *zeros;  // keys as they are or copied, and packed values; a row of padding
-    const T* keys;    // those packed now, and how many
+    const T* keys;     // those packed now, and how many
     int64_t count;
     T *scores, *factors, *shrink;  // of a tile
     T* raw;                        // all scores of a chunk, for the average

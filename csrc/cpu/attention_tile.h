@@ -1,8 +1,8 @@
 // Scaled dot product attention on the CPU: what all passes know about sequences, masks and tiles of scores. Formulas:
 // fastseq/reference/attention.py.
 //
-// Scores exist a tile at a time: [kTileKeys][kStride] of keys and queries, in the cache. Queries are the vectors' lanes, so that a
-// maximum or a sum over keys needs nothing but vectors, and keys are read where they are.
+// Scores exist a tile at a time: [kTileKeys][kStride] of keys and queries, in the cache. Queries are the vectors'
+// lanes, so that a maximum or a sum over keys needs nothing but vectors, and keys are read where they are.
 //
 // What a row of out or of a gradient is summed up from, and in which order, depends on nothing but shapes: results are
 // the same bits whatever the number of threads.
@@ -128,7 +128,8 @@ struct Attention : Call {
       const auto* first = from.template row<decltype(element)>(seq.sample, tile.h, seq.q0 + tile.l);
       pack_transposed(queries, 0, queries.panels(), first, from.l, K, to);
     });
-    for (int64_t i = 0; by != 1 && i < queries.panels() * kPanel<T> * K; i += kLanes<T>) store(to + i, load(to + i) * by);
+    for (int64_t i = 0; by != 1 && i < queries.panels() * kPanel<T> * K; i += kLanes<T>)
+      store(to + i, load(to + i) * by);
   }
 
   // Rows of keys or values, K wide, one after the other: where they are, or in `to`.
