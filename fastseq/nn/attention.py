@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
-from fastseq.nn.serving import Served, are_sound, computes_in, why_torch
+from fastseq.nn.serving import Served, are_sound
 from fastseq.ops.attention import TABLE, Arguments, attention, new_seed, wanted_weights
-from fastseq.ops.contract import autocast_dtype
+from fastseq.ops.contract import autocast_dtype, computes_in, why_torch
 from fastseq.registry import HALF, Op
 
 # The module's own, as `_Weights` begins.

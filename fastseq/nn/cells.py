@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.serving import ServedRecurrent, are_sound, cast, requested, torch_forward, why_torch
-from fastseq.ops.contract import autocast_dtype, needs_graph
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward
+from fastseq.ops.contract import autocast_dtype, needs_graph, requested, why_torch
 from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import Arguments, Recurrent

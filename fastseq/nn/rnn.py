@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward, why_torch
-from fastseq.ops.contract import autocast_dtype, needs_graph
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward
+from fastseq.ops.contract import autocast_dtype, needs_graph, why_torch
 from fastseq.ops.gru import GRU as GRU_OP
 from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.recurrent import Arguments, Recurrent

@@ -1,4 +1,4 @@
-"""Whether fastseq's ops serve a module's call, and in which dtype they compute it."""
+"""What fastseq's modules share: whether an op serves a call, or torch's own path."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,34 +8,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
-from fastseq.dynamo import assume_constant_result
+from fastseq.ops.contract import computes_in, requested, why_torch
 from fastseq.ops.recurrent import Recurrent
-from fastseq.registry import HALF, OPS, BackendError, Op, requested_backend
-
-
-# Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
-@assume_constant_result
-def requested() -> str | None:
-    """The implementation asked for by name, or None."""
-    return requested_backend()
-
-
-@assume_constant_result
-def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether something better than the reference serves the op, or an implementation is asked for by name."""
-    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
-
-
-def computes_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the op that serves a module of this dtype: half precision is computed in float32."""
-    return torch.float32 if dtype in HALF else dtype
-
-
-def why_torch(op: Op, device: str, dtype: torch.dtype) -> str | None:
-    """Why torch's path serves tensors of this kind, or None."""
-    if _is_served(op.name, device, computes_in(dtype)):
-        return None
-    return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
+from fastseq.registry import BackendError, Op
 
 
 def torch_forward(forward: Any, name: str, reason: str | None, *args: Any) -> Any:
