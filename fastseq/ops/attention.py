@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from fastseq.ops.contract import (
     LIBRARY,
@@ -445,7 +444,7 @@ def scaled_dot_product_attention(
     sound = not (nested and attn_mask is not None) and _is_sound(query, key, value, mask, enable_gqa, low is not None)
     if sound and bias is not None:
         sound = not is_causal and (bias.seq_len_q, bias.seq_len_kv) == (query.shape[-2], key.shape[-2])
-    good = sound and _are_options(dropout_p, is_causal, scale, enable_gqa)
+    good = sound and are_options(dropout_p, is_causal, scale, enable_gqa)
     if not good or (
         torchs_own
         and not (nested and query.device.type == "cpu")  # for which torch has next to nothing
@@ -453,7 +452,8 @@ def scaled_dot_product_attention(
     ):
         # torch's own checks say what is wrong, if something is, in torch's own words.
         result = torchs_attention(
-            *(*tensors, attn_mask),
+            *tensors,
+            attn_mask,
             dropout_p=dropout_p,
             is_causal=is_causal if mask is None else False,
             scale=scale,
@@ -553,12 +553,12 @@ def scaled_dot_product_attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def torchs_attention(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) -> Tensor:
-    """torch's own function, wherever `torch.nn.functional` routes calls of it."""
-    if is_causal_bias(attn_mask) and not has_torch_function((query, key, value)):
-        # Which knows the function by its place in torch.nn.functional only.
-        return attn_mask._dispatch(query, key, value, attn_mask, **options)
-    return torch._C._nn.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+def torchs_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """torch's own function, whatever stands in its place in torch.nn.functional."""
+    mask: Any = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    if is_causal_bias(mask):  # which knows torch's function by that place only
+        return mask._dispatch(*args, **kwargs)
+    return torch._C._nn.scaled_dot_product_attention(*args, **kwargs)
 
 
 def is_causal_bias(mask: Any) -> bool:
@@ -616,7 +616,7 @@ def _is_lowered(t: Tensor) -> bool:
     return t.dtype.is_floating_point and t.dtype != torch.float64
 
 
-def _are_options(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
+def are_options(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
     """Whether torch's function surely takes these."""
     return (
         isinstance(dropout_p, (int, float))
