@@ -276,6 +276,18 @@ class MultiheadAttention(Served, torch.nn.MultiheadAttention):
         result = call.result()
         if result is not None:
             return result
+        node = self._node(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        if node is not None:
+            return node
         if is_causal and attn_mask is None and isinstance(value, Tensor) and not value.is_nested:
             # torch's fast path, which takes but one tensor, would ignore the hint; the other says what is missing.
             value = value.view_as(value)

@@ -30,7 +30,8 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
         """The next state: h or (h, c), [B, H] or [H]."""
         op = self.op
         if not isinstance(x, Tensor):
-            return torch_forward(torchs_forward, type(self).__name__, None, x, hx)
+            node = self._node(x, hx)
+            return torch_forward(torchs_forward, type(self).__name__, None, x, hx) if node is None else node
         low = autocast_dtype(x)
         if low is None and x.dtype in FLOATS and self._is_small(x) and requested() is None:
             return torchs_forward(x, hx)

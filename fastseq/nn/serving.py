@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
@@ -65,6 +66,20 @@ class Served(torch.nn.Module):
         twin: torch.nn.Module = object.__new__(theirs)
         twin.__dict__ = self.__dict__
         return twin
+
+    def _node(self, *args: Any, **options: Any) -> Any:
+        """This module as one node of the graph that torch.fx traces, as torch's own is; None where it traces nothing.
+
+        Args:
+            args: of forward, None for what was not given.
+            options: by keyword, likewise.
+        """
+        proxy = next((x for x in args if isinstance(x, Proxy)), None)
+        if proxy is None:
+            return None
+        tracer: Any = proxy.tracer
+        given = {name: option for name, option in options.items() if option is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
     def _weights(self, names: Iterable[str]) -> list[Any]:
         """The weights by name, wherever parametrizations, pruning or DataParallel have put them."""
