@@ -39,7 +39,8 @@ def routed_attention() -> Iterator[None]:
     torch's within the stated tolerances; dropout draws other numbers. Names that held the function before, as after
     `from torch.nn.functional import scaled_dot_product_attention`, still hold torch's.
 
-    What torch.compile makes within the block serves all threads while anybody routes, and is made anew afterwards.
+    What torch.utils.checkpoint computes anew in backward must be computed within such a block, too. What torch.compile
+    makes within it serves all threads while anybody routes, and is made anew afterwards.
 
     Raises:
         RuntimeError: something else has replaced torch's function.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import require
 from test_attention_ops import LEAD, REFUSED, heads_of, nested
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastseq
 from fastseq import routed_attention
@@ -32,7 +33,10 @@ OPTIONS: list[dict] = [
 def _undone() -> Iterator[None]:
     assert F.scaled_dot_product_attention is TORCHS
     yield
-    assert F.scaled_dot_product_attention is TORCHS
+    try:
+        assert F.scaled_dot_product_attention is TORCHS
+    finally:
+        fastseq.route_attention(False)
 
 
 @pytest.fixture
@@ -346,6 +350,22 @@ def test_torchs_multi_head_attention(computed: list[Arguments]) -> None:
         with routed_attention():
             torch.testing.assert_close(module(x, x, x, **options), want)
     assert len(computed) == 2  # weights are not the function's to give
+
+
+def test_checkpoints(computed: list[Arguments]) -> None:
+    x = torch.randn(2, 2, 5, 4, requires_grad=True)
+
+    def attend(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+    (want,) = torch.autograd.grad(attend(x).sum(), x)
+    with routed_attention():
+        out = checkpoint(attend, x, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], want)
+        assert len(computed) == 2
+        out = checkpoint(attend, x, use_reentrant=False)
+    with pytest.raises(CheckpointError):
+        out.sum().backward()
 
 
 class Block(nn.Module):

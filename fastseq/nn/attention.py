@@ -50,7 +50,10 @@ class _Weights(NamedTuple):
         if not (E == Ek == Ev) if self.qkv is not None else None in self[1:4]:
             return False
         shapes = ((3 * E, E), (E, E), (E, Ek), (E, Ev), (3 * E,), (1, 1, E), (1, 1, E), (E, E), (E,))
-        return all(w is None or w.shape == shape for w, shape in zip(self, shapes, strict=True))
+        for w, shape in zip(self, shapes, strict=True):  # noqa: SIM110 (this is a good part of a small call)
+            if w is not None and w.shape != shape:
+                return False
+        return True
 
 
 class _Call(NamedTuple):
@@ -174,6 +177,8 @@ class _Call(NamedTuple):
     def _masks(self, keys: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, bool]:
         """The op's mask and key_padding, for keys with those that were added, and whether bounds replace attn_mask."""
         mask, padding = self.attn_mask, self.key_padding_mask
+        if mask is padding is None:
+            return None, None, False
         N, S = self._sizes(self.key)
         if self.is_causal and padding is None and not self.need_weights and keys == S:
             return None, None, True  # as torch, which takes the mask itself in the other cases

@@ -432,7 +432,7 @@ def scaled_dot_product_attention(
         and not (return_lse or return_weights or average_weights)
     )
     tensors: Any = (query, key, value)
-    nested = any(isinstance(t, Tensor) and t.is_nested for t in tensors)
+    nested = isinstance(query, Tensor) and query.is_nested
     varlen = "nested tensors" if nested else "cu_seqlens_q"
     if nested:
         for name, other in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -608,7 +608,8 @@ def _is_sound(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool, aut
     if not (mask.dtype in (torch.bool, torch.float32, query.dtype) or (autocast and _is_lowered(mask))):
         return False
     shape = (*lead, query.shape[-2], key.shape[-2])
-    return _broadcast(mask.shape, shape) == shape
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    return mask.dim() <= len(shape) and all(size == 1 or size == whole for size, whole in sizes)
 
 
 def _is_lowered(t: Tensor) -> bool:
@@ -627,17 +628,24 @@ def are_options(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> 
     )
 
 
-def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+def _broadcast(shape: tuple[int, ...], *others: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What the shapes broadcast to, or None. Mostly they are alike, and torch's function is long-winded."""
+    if all(other == shape for other in others):
+        return tuple(shape)
     try:
-        return tuple(torch.broadcast_shapes(*shapes))
+        return tuple(torch.broadcast_shapes(shape, *others))
     except RuntimeError:
         return None
 
 
 def _four_dimensional(*tensors: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
     """Query, key and value as [N, heads, ., .], and the dimensions that N and heads of query stand for."""
+    query, key, value = tensors
+    if query.dim() == 4 and query.shape[:2] == key.shape[:-2] == value.shape[:-2]:
+        return tuple(query.shape[:2]), [query, key, value]
     rank = max(t.dim() for t in tensors)
-    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    batch = _broadcast(*(t.shape[:-3] for t in tensors))
+    assert batch is not None
     heads = [t.shape[-3] if t.dim() > 2 else 1 for t in tensors]
     H = max(heads) if 0 not in heads else 0
     # Those of key and value may be fewer, if they are as many.
