@@ -51,9 +51,9 @@ def routed_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        _here.reset(token)
         with _lock:
             _ask(-1)
+        _here.reset(token)
 
 
 def route_attention(on: bool = True) -> None:

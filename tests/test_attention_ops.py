@@ -1304,15 +1304,6 @@ def test_any_combination(impl: Impl, case: Case, mode: int, threads: int) -> Non
 
 
 @pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
-    """What has reached the op."""
-    calls: list[Arguments] = []
-    op = fastseq.ops.attention.attention
-    monkeypatch.setattr("fastseq.ops.attention.attention", lambda a, *rest: (calls.append(a), op(a, *rest))[1])
-    return calls
-
-
-@pytest.fixture
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the extension is not there."""
     for dtype in DTYPES:
