@@ -6,6 +6,7 @@ Importing it changes nothing in torch.
 from fastseq import functional, nn
 from fastseq.accelerate import accelerate, explain, restore
 from fastseq.registry import BackendError, use_backend
+from fastseq.routing import route_attention, routed_attention
 from fastseq.version import __version__
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "functional",
     "nn",
     "restore",
+    "route_attention",
+    "routed_attention",
     "use_backend",
 ]

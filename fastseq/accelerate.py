@@ -10,7 +10,8 @@ from torch import nn
 
 import fastseq.nn
 from fastseq.dynamo import allow_rnn
-from fastseq.nn.serving import Served, computes_in
+from fastseq.nn.serving import Served
+from fastseq.ops.contract import computes_in
 from fastseq.registry import BackendError
 
 Model = TypeVar("Model", bound=nn.Module)

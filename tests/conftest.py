@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastseq
+from fastseq.ops.attention import Arguments
 from fastseq.registry import Impl, Op
 
 REQUIRED = {name for name in os.environ.get("FASTSEQ_REQUIRE", "").split(",") if name}
@@ -26,6 +28,15 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
+    """What has reached attention's op from the function."""
+    calls: list[Arguments] = []
+    op = fastseq.ops.attention.attention
+    monkeypatch.setattr("fastseq.ops.attention.attention", lambda a, *rest: (calls.append(a), op(a, *rest))[1])
+    return calls
 
 
 def device_of(impl: Impl) -> str:

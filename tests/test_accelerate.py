@@ -169,3 +169,48 @@ def test_a_hundred_layers_are_no_work() -> None:
     start = time.perf_counter()
     fastseq.accelerate(model)
     assert time.perf_counter() - start < 1
+
+
+class Everything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"gru": nn.GRU(8, 8), "rnn": nn.RNN(8, 8, nonlinearity="relu")})
+        self.lstm = nn.LSTM(8, 8, 2)
+        self.cells = nn.ModuleList([nn.LSTMCell(8, 8), nn.GRUCell(8, 8), nn.RNNCell(8, 8)])
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor, pads: torch.Tensor) -> tuple:
+        x, last = self.layers["gru"](x, h)
+        x, _ = self.layers["rnn"](input=x)
+        x, (h, c) = self.lstm(x, (torch.cat([h, last]), torch.cat([last, h])))
+        h, c = self.cells[0](h[0], (c[0], c[1]))
+        h = self.cells[2](self.cells[1](h), c)
+        x, weights = self.attention(x, x, x, key_padding_mask=pads, average_attn_weights=False)
+        return x, h, weights
+
+
+def test_fx_traces_each_layer_into_one_node() -> None:
+    model = Everything()
+    inputs = torch.randn(5, 3, 8), torch.randn(1, 3, 8), torch.arange(5) >= torch.tensor([[5], [2], [3]])
+    want = model(*inputs)
+    names = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+    traced = torch.fx.symbolic_trace(fastseq.accelerate(model))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == names
+    assert type(traced.get_submodule("attention")) is fastseq.nn.MultiheadAttention
+    torch.testing.assert_close(traced(*inputs), want)
+    torch.testing.assert_close(fastseq.restore(traced)(*inputs), want)
+
+
+def test_fx_traces_what_goes_beyond_torch() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = fastseq.nn.LSTM(8, 8)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> tuple:
+            return self.lstm(x, lengths=lengths, return_cell_sequence=True)
+
+    if LSTM.candidates("cpu", torch.float32)[0].name == "reference":
+        require(LSTM, LSTM.impls[0], "cpu", torch.float32)
+    model, inputs = Model(), (torch.randn(5, 3, 8), torch.tensor([5, 2, 3]))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(*inputs), model(*inputs))

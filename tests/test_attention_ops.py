@@ -730,21 +730,24 @@ def test_export_with_dynamic_length(name: str, strict: bool) -> None:
         torch.testing.assert_close(got, Model()(*inputs))
 
 
-def test_changed_inputs_raise_in_backward() -> None:
+@each_implementation
+def test_changed_inputs_raise_in_backward(impl: Impl) -> None:
+    require(TABLE, impl, "cpu", torch.float64)
     query, key, value = (normal(2, 5, 4).requires_grad_() for _ in range(3))
     mask = normal(5, 5).requires_grad_()
-    for changed in range(4):
-        inner = [t * 1 for t in (query, key, value, mask)]
-        out = sdpa(*inner)
+    with fastseq.use_backend(impl.name):
+        for changed in range(4):
+            inner = [t * 1 for t in (query, key, value, mask)]
+            out = sdpa(*inner)
+            with torch.no_grad():
+                inner[changed].add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+        out = sdpa(query, key, value, mask)
         with torch.no_grad():
-            inner[changed].add_(1)
+            out.add_(1)  # which backward reads as well
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
-    out = sdpa(query, key, value, mask)
-    with torch.no_grad():
-        out.add_(1)  # which backward reads as well
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
 
 
 SHAPES = [
@@ -1295,3 +1298,284 @@ def test_any_combination(impl: Impl, case: Case, mode: int, threads: int) -> Non
         found = impl.kernel.backward(*rest)
     assert_outputs(outputs, reference.forward(*arguments, mode))
     assert_gradients(found, reference.backward(*rest))
+
+
+# torch's own function where no kernel serves
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extension is not there."""
+    for dtype in DTYPES:
+        monkeypatch.setitem(TABLE._choices, (None, "cpu", dtype), [TABLE.impls[-1]])
+
+
+def extras(dtype: torch.dtype) -> list[dict]:
+    """Options that torch's function does not have, or not together."""
+    return [
+        dict(key_padding_mask=torch.zeros(2, 7, dtype=torch.bool)),
+        dict(window_size=(3, -1)),
+        dict(bottom_right=True, is_causal=True),
+        dict(alibi_slopes=torch.ones(4)),
+        dict(softcap=2.0),
+        dict(return_lse=True),
+        dict(return_weights=True),
+        dict(attn_mask=torch.randn(5, 7, dtype=dtype), is_causal=True),
+    ]
+
+
+@each_dtype
+def test_without_a_kernel_torchs_function_serves(
+    no_kernel: None, computed: list[Arguments], dtype: torch.dtype
+) -> None:
+    leaves = [t.to(dtype).requires_grad_() for t in LEAD]
+    mask = torch.randn(5, 7, dtype=dtype).requires_grad_()
+    for options in ({}, dict(is_causal=True), dict(scale=0.3), dict(enable_gqa=True), dict(attn_mask=mask)):
+        results = []
+        for function in (sdpa, F.scaled_dot_product_attention):
+            out = function(*leaves, **options)
+            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    torch.manual_seed(3)
+    dropped = sdpa(*leaves, dropout_p=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(dropped, F.scaled_dot_product_attention(*leaves, dropout_p=0.5))
+    with pytest.raises(ValueError, match="dropout_p must be between 0 and 1"):
+        sdpa(*leaves, dropout_p=-0.1)
+    assert not computed
+    for count, options in enumerate(extras(dtype), 1):  # which the reference serves
+        assert all(t.isfinite().all() for t in listed(sdpa(*leaves, **options)))
+        assert len(computed) == count
+
+
+def test_without_a_kernel_an_implementation_can_be_asked_for(no_kernel: None, computed: list[Arguments]) -> None:
+    with fastseq.use_backend("reference"):
+        torch.testing.assert_close(sdpa(*LEAD), F.scaled_dot_product_attention(*LEAD))
+    assert len(computed) == 1
+
+
+def test_other_devices_get_torchs_function(computed: list[Arguments]) -> None:
+    meta = [t.to("meta") for t in LEAD]
+    assert sdpa(*meta).shape == (2, 4, 5, 6) and not computed
+    assert sdpa(*meta, softcap=1.0).shape == (2, 4, 5, 6) and len(computed) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_torch_takes_beyond_ours_is_torchs(computed: list[Arguments]) -> None:
+    padded = torch.nested.nested_tensor([torch.randn(2, 3, 4), torch.randn(2, 5, 4)])
+    got, want = (function(padded, padded, padded) for function in (sdpa, F.scaled_dot_product_attention))
+    torch.testing.assert_close(got.to_padded_tensor(0.0), want.to_padded_tensor(0.0))
+    assert not computed
+    with pytest.raises(ValueError, match="must be plain floating tensors"):
+        sdpa(padded, padded, padded, softcap=1.0)
+    with fastseq.use_backend("reference"), pytest.raises(ValueError, match="query nested, key nested"):
+        sdpa(padded, padded, padded)
+
+
+# torch.nn.attention.bias
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+@pytest.mark.parametrize(("L", "S"), [(6, 6), (5, 9), (9, 5), (1, 7)])
+@pytest.mark.parametrize("lower_right", [False, True])
+@each_implementation
+def test_causal_biases_are_bounds(computed: list[Arguments], impl: Impl, L: int, S: int, lower_right: bool) -> None:
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    require(TABLE, impl, "cpu", torch.float64)
+    bias = (causal_lower_right if lower_right else causal_upper_left)(L, S)
+    leaves = [normal(2, 3, length, 4).requires_grad_() for length in (L, S, S)]
+    sees = bounds(L, S, -1, 0, lower_right).any(-1)
+    with fastseq.use_backend(impl.name):
+        outs = sdpa(*leaves, bias), F.scaled_dot_product_attention(*leaves, bias)
+        results = []
+        for out in outs:
+            results.append([out[:, :, sees], *torch.autograd.grad(out[:, :, sees].square().sum(), leaves[1:])])
+        torch.testing.assert_close(*results)  # who sees nothing gets zeros, from torch NaN
+        (arguments,) = computed
+        assert arguments.mask is None and arguments.right == 0
+        same = dict(is_causal=True, bottom_right=lower_right)
+        for options in (dict(softcap=1.0), dict(key_padding_mask=torch.rand(2, S) > 0.5), dict(dropout_p=1.0)):
+            torch.testing.assert_close(sdpa(*leaves, bias, **options), sdpa(*leaves, **options, **same))
+        windowed = dict(window_size=(2, 3), bottom_right=lower_right)
+        torch.testing.assert_close(sdpa(*leaves, bias, **windowed), sdpa(*leaves, is_causal=True, **windowed))
+        if L != S:
+            windowed["bottom_right"] = not lower_right
+            with pytest.raises(ValueError, match=f"bottom_right must be {lower_right} with an attn_mask of variant"):
+                sdpa(*leaves, bias, **windowed)
+
+
+def test_what_torch_refuses_of_causal_biases() -> None:
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    for bias, options in (
+        (causal_upper_left(5, 7), dict(is_causal=True)),
+        (causal_lower_right(4, 7), {}),
+        (causal_lower_right(5, 7), dict(dropout_p=2.0)),
+    ):
+        ours, theirs = errors_of(*LEAD, bias, **options)
+        assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+    # torch does not look at the sizes of this one.
+    wrong = causal_upper_left(3, 3)
+    torch.testing.assert_close(sdpa(*LEAD, wrong), F.scaled_dot_product_attention(*LEAD, wrong))
+    with pytest.raises(ValueError, match="attn_mask must be plain floating tensors that fit together"):
+        sdpa(*LEAD, wrong, softcap=1.0)
+
+
+def test_causal_biases_compile() -> None:
+    from torch.nn.attention.bias import causal_lower_right
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: sdpa(*args), fullgraph=True, backend="aot_eager")
+    bias = causal_lower_right(5, 7)
+    torch.testing.assert_close(compiled(*LEAD, bias), sdpa(*LEAD, bias))
+
+
+# Nested tensors
+
+
+def nested(lengths: list[int], H: int, E: int, like: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """What holds the values of a nested tensor, and the nested tensor [N, places, H * E]."""
+    values = torch.randn(sum(lengths), H * E, requires_grad=True, **options)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)]) if like is None else like.offsets()
+    return values, torch.nested.nested_tensor_from_jagged(values, offsets)
+
+
+def heads_of(t: Tensor, H: int) -> Tensor:
+    return t.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", [[3, 7, 1], [4], [2, 2, 2], [0, 5, 0, 1]], ids=str)
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(is_causal=True, scale=0.3), dict(window_size=(2, 1))], ids=str)
+def test_nested_tensors(computed: list[Arguments], lengths: list[int], other: bool, options: dict) -> None:
+    first, query = nested(lengths, 4, 3, dtype=torch.float64)
+    keys = [n + 2 for n in lengths] if other else lengths
+    second, key = nested(keys, 2, 3, None if other else query, dtype=torch.float64)
+    third, value = nested(keys, 2, 5, key, dtype=torch.float64)
+    leaves = [first, second, third]
+    q, k, v = heads_of(query, 4), heads_of(key, 2), heads_of(value, 2)
+    out = sdpa(q, k, v, enable_gqa=True, **options)
+    assert len(computed) == 1 and computed[0].cu_seqlens_q is not None
+    assert out.is_nested and out.shape == (len(lengths), 4, q.shape[2], 5)
+    parts = [
+        sdpa(*(t.unsqueeze(0) for t in tensors), enable_gqa=True, **options)[0]
+        for tensors in zip(q.unbind(), k.unbind(), v.unbind(), strict=True)
+    ]
+    torch.testing.assert_close(list(out.unbind()), parts)
+    # It belongs to query's ragged structure: they can be added.
+    fourth, rest = nested(lengths, 4, 5, query, dtype=torch.float64)
+    residual = out.transpose(1, 2).flatten(-2) + rest
+    want = [part.transpose(0, 1).flatten(-2) + x for part, x in zip(parts, rest.unbind(), strict=True)]
+    torch.testing.assert_close(list(residual.unbind()), want)
+    sent = torch.randn_like(residual.values())
+    losses = ((residual.values() * sent).sum(), (torch.cat(want) * sent).sum())
+    torch.testing.assert_close(*(torch.autograd.grad(loss, [*leaves, fourth], retain_graph=True) for loss in losses))
+    # Nothing was copied on the way there.
+    assert computed[0].query.data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_nested_tensors_are_torchs(other: bool) -> None:
+    """Which has no causal ones on CPUs."""
+    first, query = nested([3, 7, 1], 2, 8)
+    second, key = nested([4, 2, 6], 2, 8) if other else nested([3, 7, 1], 2, 8, query)
+    third, value = nested([4, 2, 6] if other else [3, 7, 1], 2, 8, key)
+    inputs = [heads_of(t, 2) for t in (query, key, value)]
+    results = []
+    for function in (sdpa, F.scaled_dot_product_attention):
+        out = function(*inputs)
+        grads = torch.autograd.grad(out.values().square().sum(), [first, second, third], retain_graph=True)
+        results.append([out.values(), *grads])
+    torch.testing.assert_close(*results)
+    assert sdpa(*inputs).transpose(1, 2).is_contiguous()
+
+
+def test_nested_tensors_with_lse_and_in_half_precision() -> None:
+    _, x = nested([3, 7, 1], 2, 8)
+    q = heads_of(x, 2)
+    out, lse = sdpa(q, q, q, return_lse=True)
+    assert lse.shape == q.shape[:3]
+    for part, whole in zip(lse.unbind(), q.unbind(), strict=True):
+        torch.testing.assert_close(part, sdpa(whole, whole, whole, return_lse=True)[1])
+    half = sdpa(*[q.bfloat16()] * 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = sdpa(q, q, q)
+    for lowered in (half, cast):
+        assert lowered.dtype == torch.bfloat16
+        torch.testing.assert_close(lowered.values().float(), out.values(), rtol=2e-2, atol=2e-2)
+
+
+def test_nested_tensors_compile() -> None:
+    def attend(q: Tensor) -> Tensor:
+        return sdpa(q, q, q, is_causal=True) + q
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for lengths in ([3, 7, 1], [2, 9]):
+        results = []
+        for function in (compiled, attend):
+            torch.manual_seed(0)
+            values, x = nested(lengths, 2, 4)
+            out = function(heads_of(x, 2))
+            results.append([out.values(), *torch.autograd.grad(out.values().sum(), values)])
+        torch.testing.assert_close(*results)
+
+
+def test_nested_tensors_that_go_to_torch(computed: list[Arguments]) -> None:
+    values = torch.randn(12, 8)
+    holes = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 4, 12]), torch.tensor([3, 8]))
+    _, three = nested([3, 4], 1, 4)
+    _, places = nested([3, 4], 2, 4)
+    ragged_first = places.unflatten(-1, (2, 4))  # [N, places, H, E], where torch has another meaning
+    dense = torch.randn(2, 2, 3, 4)
+    ragged = heads_of(places, 2)
+    for args in (
+        [heads_of(holes, 2)] * 3,
+        [three] * 3,
+        [ragged_first] * 3,
+        [ragged, dense, dense],
+        [ragged, ragged, heads_of(nested([4, 3], 2, 4)[1], 2)],
+        [ragged, *[heads_of(nested([3, 4, 1], 2, 4)[1], 2)] * 2],
+        [ragged, ragged.double(), ragged],
+        [ragged, ragged, ragged, torch.ones(1, 1, dtype=torch.bool)],
+        [ragged, ragged, ragged, ragged],
+    ):
+        outcomes = []
+        for function in (sdpa, F.scaled_dot_product_attention):
+            try:
+                outcomes.append(function(*args).values())
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+        if isinstance(outcomes[0], Tensor):
+            assert torch.equal(*outcomes)
+        else:
+            assert outcomes[0] == outcomes[1]
+    assert not computed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(key_padding_mask=torch.ones(2, 4) > 0), "key_padding_mask cannot be given with nested tensors"),
+        (dict(return_weights=True), "return_weights cannot be given with nested tensors"),
+        (dict(cu_seqlens_q=ENDS), "cu_seqlens_q cannot be given with nested tensors"),
+        (dict(cu_seqlens_k=ENDS), "cu_seqlens_k cannot be given with nested tensors"),
+        (dict(softcap=-1.0), "softcap must be finite and not negative"),
+    ],
+)
+def test_bad_options_with_nested_tensors(options: dict, message: str) -> None:
+    q = heads_of(nested([3, 4], 2, 4)[1], 2)
+    with pytest.raises(ValueError, match=message):
+        sdpa(q, q, q, **options)
+    short = torch.nested.nested_tensor_from_jagged(torch.randn(9, 8), torch.tensor([0, 3, 7]))
+    with pytest.raises(ValueError, match=r"query's offsets must rise from 0 to 9, the number of rows, got \[0, 3, 7\]"):
+        sdpa(*[heads_of(short, 2)] * 3)
+
+
+def test_without_a_kernel_the_reference_takes_nested_tensors(no_kernel: None, computed: list[Arguments]) -> None:
+    """On CPUs, where torch has no causal ones."""
+    q = heads_of(nested([3, 4], 2, 8)[1], 2)
+    torch.testing.assert_close(sdpa(q, q, q).values(), F.scaled_dot_product_attention(q, q, q).values())
+    sdpa(q, q, q, is_causal=True)
+    assert len(computed) == 2

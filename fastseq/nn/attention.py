@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
-from fastseq.nn.serving import Served, are_sound, computes_in, why_torch
+from fastseq.nn.serving import Served, are_sound
 from fastseq.ops.attention import TABLE, Arguments, attention, new_seed, wanted_weights
-from fastseq.ops.contract import autocast_dtype
+from fastseq.ops.contract import autocast_dtype, computes_in, why_torch
 from fastseq.registry import HALF, Op
 
 # The module's own, as `_Weights` begins.
@@ -50,7 +50,10 @@ class _Weights(NamedTuple):
         if not (E == Ek == Ev) if self.qkv is not None else None in self[1:4]:
             return False
         shapes = ((3 * E, E), (E, E), (E, Ek), (E, Ev), (3 * E,), (1, 1, E), (1, 1, E), (E, E), (E,))
-        return all(w is None or w.shape == shape for w, shape in zip(self, shapes, strict=True))
+        for w, shape in zip(self, shapes, strict=True):  # noqa: SIM110 (this is a good part of a small call)
+            if w is not None and w.shape != shape:
+                return False
+        return True
 
 
 class _Call(NamedTuple):
@@ -174,6 +177,8 @@ class _Call(NamedTuple):
     def _masks(self, keys: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, bool]:
         """The op's mask and key_padding, for keys with those that were added, and whether bounds replace attn_mask."""
         mask, padding = self.attn_mask, self.key_padding_mask
+        if mask is padding is None:
+            return None, None, False
         N, S = self._sizes(self.key)
         if self.is_causal and padding is None and not self.need_weights and keys == S:
             return None, None, True  # as torch, which takes the mask itself in the other cases
@@ -276,6 +281,18 @@ class MultiheadAttention(Served, torch.nn.MultiheadAttention):
         result = call.result()
         if result is not None:
             return result
+        node = self._node(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        if node is not None:
+            return node
         if is_causal and attn_mask is None and isinstance(value, Tensor) and not value.is_nested:
             # torch's fast path, which takes but one tensor, would ignore the hint; the other says what is missing.
             value = value.view_as(value)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.serving import ServedRecurrent, are_sound, cast, requested, torch_forward, why_torch
-from fastseq.ops.contract import autocast_dtype, needs_graph
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward
+from fastseq.ops.contract import autocast_dtype, needs_graph, requested, why_torch
 from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import Arguments, Recurrent
@@ -30,7 +30,8 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
         """The next state: h or (h, c), [B, H] or [H]."""
         op = self.op
         if not isinstance(x, Tensor):
-            return torch_forward(torchs_forward, type(self).__name__, None, x, hx)
+            node = self._node(x, hx)
+            return torch_forward(torchs_forward, type(self).__name__, None, x, hx) if node is None else node
         low = autocast_dtype(x)
         if low is None and x.dtype in FLOATS and self._is_small(x) and requested() is None:
             return torchs_forward(x, hx)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward, why_torch
-from fastseq.ops.contract import autocast_dtype, needs_graph
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward
+from fastseq.ops.contract import autocast_dtype, needs_graph, why_torch
 from fastseq.ops.gru import GRU as GRU_OP
 from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.recurrent import Arguments, Recurrent
@@ -39,7 +39,9 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         if not isinstance(x, Tensor):
-            return torch_forward(torchs_forward, name, None, input, hx)
+            more = dict(lengths=lengths, reset=reset, reset_state=reset_state)
+            node = self._node(input, hx, **more, return_cell_sequence=return_cell_sequence or None)
+            return torch_forward(torchs_forward, name, None, input, hx) if node is None else node
         low = autocast_dtype(x)
         weights = self._weights(self._flat_weights_names)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.

@@ -1,41 +1,17 @@
-"""Whether fastseq's ops serve a module's call, and in which dtype they compute it."""
+"""What fastseq's modules share: whether an op serves a call, or torch's own path."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
-from fastseq.dynamo import assume_constant_result
+from fastseq.ops.contract import computes_in, requested, why_torch
 from fastseq.ops.recurrent import Recurrent
-from fastseq.registry import HALF, OPS, BackendError, Op, requested_backend
-
-
-# Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
-@assume_constant_result
-def requested() -> str | None:
-    """The implementation asked for by name, or None."""
-    return requested_backend()
-
-
-@assume_constant_result
-def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether something better than the reference serves the op, or an implementation is asked for by name."""
-    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
-
-
-def computes_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the op that serves a module of this dtype: half precision is computed in float32."""
-    return torch.float32 if dtype in HALF else dtype
-
-
-def why_torch(op: Op, device: str, dtype: torch.dtype) -> str | None:
-    """Why torch's path serves tensors of this kind, or None."""
-    if _is_served(op.name, device, computes_in(dtype)):
-        return None
-    return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
+from fastseq.registry import BackendError, Op
 
 
 def torch_forward(forward: Any, name: str, reason: str | None, *args: Any) -> Any:
@@ -90,6 +66,20 @@ class Served(torch.nn.Module):
         twin: torch.nn.Module = object.__new__(theirs)
         twin.__dict__ = self.__dict__
         return twin
+
+    def _node(self, *args: Any, **options: Any) -> Any:
+        """This module as one node of the graph that torch.fx traces, as torch's own is; None where it traces nothing.
+
+        Args:
+            args: of forward, None for what was not given.
+            options: by keyword, likewise.
+        """
+        proxy = next((x for x in args if isinstance(x, Proxy)), None)
+        if proxy is None:
+            return None
+        tracer: Any = proxy.tracer
+        given = {name: option for name, option in options.items() if option is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, given)
 
     def _weights(self, names: Iterable[str]) -> list[Any]:
         """The weights by name, wherever parametrizations, pruning or DataParallel have put them."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.ops.contract import (
@@ -18,6 +17,8 @@ from fastseq.ops.contract import (
     is_plain,
     is_transformed,
     needs_graph,
+    requested,
+    why_torch,
 )
 from fastseq.reference import attention as reference
 from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
@@ -377,14 +378,18 @@ def scaled_dot_product_attention(
 ) -> Any:
     """`torch.nn.functional.scaled_dot_product_attention`, and what one has to do without there.
 
-    All arguments go together, but for those that are said to exclude each other.
+    All arguments go together, but for those that are said to exclude each other. Where no kernel of ours serves (see
+    `fastseq info`), torch's own function takes the calls that it can take; the reference takes the others.
 
     Args:
-        query: [N, ..., H, L, E], or [H, L, E], or [L, E]; with `cu_seqlens_q` [H, all queries, E].
+        query: [N, ..., H, L, E], or [H, L, E], or [L, E]; with `cu_seqlens_q` [H, all queries, E]. All three may be
+            nested tensors of the jagged layout, [N, H, places, E], as `nested.transpose(1, 2)` makes them of
+            [N, places, H, E]: each sequence by itself, without padding. Excludes what `cu_seqlens_q` excludes.
         key: [N, ..., H, S, E]; with `enable_gqa` it may have fewer heads, which divide H.
         value: [N, ..., H, S, Ev]
         attn_mask: broadcastable to [N, ..., H, L, S]. A boolean one is true where a key takes part; one of query's
-            dtype is added to the scores, and gets a gradient if it asks for one.
+            dtype is added to the scores, and gets a gradient if it asks for one. One of `torch.nn.attention.bias` is
+            taken as the bound that it stands for.
         dropout_p: the probability of a weight to be dropped, from torch's default generator of the CPU.
         is_causal: whether a query sees only keys up to its own place.
         scale: of the scores; 1/sqrt(E) by default.
@@ -406,24 +411,60 @@ def scaled_dot_product_attention(
     Returns:
         [N, ..., H, L, Ev], and lse and weights in this order if asked for. A query whose keys are all left out gets
         zeros, its lse is -inf, and its gradients are zeros. What stands in keys and values that are left out has no
-        effect on results.
+        effect on results. (Where torch's function serves, it is as torch has it.) Of nested tensors, out and lse are
+        nested, with query's ragged structure.
 
     Raises:
         RuntimeError: with torch's own message, for what torch's function refuses.
         ValueError, TypeError: for the arguments by keyword, with the argument's name.
     """
+    bias: Any = attn_mask if is_causal_bias(attn_mask) else None
+    mask = attn_mask if bias is None else None
+    torchs_own = (
+        (mask is None or not is_causal)
+        and key_padding_mask is None
+        and window_size == (-1, -1)
+        and not bottom_right
+        and alibi_slopes is None
+        and softcap == 0
+        and cu_seqlens_q is None
+        and cu_seqlens_k is None
+        and not (return_lse or return_weights or average_weights)
+    )
+    tensors: Any = (query, key, value)
+    nested = isinstance(query, Tensor) and query.is_nested
+    varlen = "nested tensors" if nested else "cu_seqlens_q"
+    if nested:
+        for name, other in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if other is not None:
+                raise ValueError(f"{name} cannot be given with nested tensors")
+        if (rows := _rows(*tensors)) is not None:
+            query, key, value, cu_seqlens_q, cu_seqlens_k = rows
     low = autocast_dtype(query) if isinstance(query, Tensor) else None
-    sound = _is_sound(query, key, value, attn_mask, enable_gqa, low is not None)
-    if not sound or not _are_options(dropout_p, is_causal, scale, enable_gqa):
-        # torch's own checks say what is wrong in torch's own words.
-        causal = is_causal if attn_mask is None else False
-        F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=enable_gqa
+    sound = not (nested and attn_mask is not None) and _is_sound(query, key, value, mask, enable_gqa, low is not None)
+    if sound and bias is not None:
+        sound = not is_causal and (bias.seq_len_q, bias.seq_len_kv) == (query.shape[-2], key.shape[-2])
+    good = sound and are_options(dropout_p, is_causal, scale, enable_gqa)
+    if not good or (
+        torchs_own
+        and not (nested and query.device.type == "cpu")  # for which torch has next to nothing
+        and why_torch(TABLE, query.device.type, query.dtype) is not None
+    ):
+        # torch's own checks say what is wrong, if something is, in torch's own words.
+        result = torchs_attention(
+            *tensors,
+            attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal if mask is None else False,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
+        if good or (torchs_own and not sound and requested() is None):
+            return result
         if not sound:
             shapes = ", ".join(
-                f"{name} {list(t.shape)}"
-                for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask))
+                f"{name} {'nested' if t.is_nested else list(t.shape)}"
+                for name, t in zip(("query", "key", "value", "attn_mask"), (*tensors, attn_mask), strict=True)
                 if t is not None
             )
             raise ValueError(
@@ -433,6 +474,12 @@ def scaled_dot_product_attention(
             raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     lead, (q, k, v) = _four_dimensional(query, key, value)
     N, H, L, S = *q.shape[:3], k.shape[2]
+    if bias is not None:
+        is_causal, from_last = True, bias.variant.name == "LOWER_RIGHT"
+        placed = bottom_right or window_size != (-1, -1) or alibi_slopes is not None
+        if placed and from_last != bottom_right and L != S:
+            raise ValueError(f"bottom_right must be {from_last} with an attn_mask of variant {bias.variant.name}")
+        bottom_right = from_last
     left, right = _window(window_size, is_causal)
     if not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap must be a number, got {softcap!r}")
@@ -457,13 +504,14 @@ def scaled_dot_product_attention(
             raise ValueError("cu_seqlens_k needs cu_seqlens_q")
         for name, other in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if other is not None:
-                raise ValueError(f"{name} cannot be given with cu_seqlens_q")
+                raise ValueError(f"{name} cannot be given with {varlen}")
         if return_weights:
-            raise ValueError("return_weights cannot be given with cu_seqlens_q")
+            raise ValueError(f"return_weights cannot be given with {varlen}")
         if N != 1:
             raise ValueError(f"with cu_seqlens_q, query must be [H, all queries, E], got {list(query.shape)}")
-        cu_seqlens_q = _checked_ends("cu_seqlens_q", cu_seqlens_q, L)
-        cu_seqlens_k = _checked_ends("cu_seqlens_k", cu_seqlens_k, S)
+        names = ("query's offsets", "key's offsets") if nested else ("cu_seqlens_q", "cu_seqlens_k")
+        cu_seqlens_q = _checked_ends(names[0], cu_seqlens_q, L)
+        cu_seqlens_k = _checked_ends(names[1], cu_seqlens_k, S)
         if len(cu_seqlens_q) != len(cu_seqlens_k):
             got = f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
             raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have as many entries as one another, got {got}")
@@ -480,7 +528,7 @@ def scaled_dot_product_attention(
         q.to(compute),
         k.to(compute),
         v.to(compute),
-        _mask(attn_mask, lead, compute),
+        _mask(mask, lead, compute),
         key_padding_mask,
         None if alibi_slopes is None else alibi_slopes.detach().to(query.device, compute),
         cu_seqlens_q,
@@ -500,13 +548,42 @@ def scaled_dot_product_attention(
         results.append(lse.reshape(*lead, L))
     if return_weights:
         results.append(weights.to(wanted).reshape(*(lead[:-1] if average_weights else lead), L, S))
+    if nested:
+        results = [torch.nested.nested_tensor_from_jagged(t, tensors[0].offsets(), jagged_dim=2) for t in results]
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def torchs_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """torch's own function, whatever stands in its place in torch.nn.functional."""
+    mask: Any = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    if is_causal_bias(mask):  # which knows torch's function by that place only
+        return mask._dispatch(*args, **kwargs)
+    return torch._C._nn.scaled_dot_product_attention(*args, **kwargs)
+
+
+def is_causal_bias(mask: Any) -> bool:
+    """Whether it is one of torch.nn.attention.bias; to import that would import torch._dynamo (over a second)."""
+    return type(mask).__module__ == "torch.nn.attention.bias"
+
+
+def _rows(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """Nested tensors [N, H, places, E] as [H, all places, E], and where sequences begin; None if they are others."""
+    for t in (query, key, value):
+        if not isinstance(t, Tensor) or t.layout != torch.jagged or t.dim() != 4:
+            return None
+    # Nor with places elsewhere, or holes between sequences.
+    if any(t._ragged_idx != 2 or t.lengths() is not None for t in (query, key, value)):
+        return None
+    ends, keys, values = (t.offsets() for t in (query, key, value))
+    if len(ends) != len(keys) or not (keys is values or torch.equal(keys, values)):
+        return None
+    return query.values(), key.values(), value.values(), ends, keys
 
 
 def _is_sound(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool, autocast: bool) -> bool:
     """Whether torch's function would take these."""
     for t in (query, key, value) if mask is None else (query, key, value, mask):
-        if not isinstance(t, Tensor) or t.device != query.device or t.layout != torch.strided:
+        if not isinstance(t, Tensor) or t.device != query.device or t.layout != torch.strided or t.is_nested:
             return False
     if min(query.dim(), key.dim(), value.dim()) < 2 or not query.dtype.is_floating_point:
         return False
@@ -531,7 +608,8 @@ def _is_sound(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool, aut
     if not (mask.dtype in (torch.bool, torch.float32, query.dtype) or (autocast and _is_lowered(mask))):
         return False
     shape = (*lead, query.shape[-2], key.shape[-2])
-    return _broadcast(mask.shape, shape) == shape
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    return mask.dim() <= len(shape) and all(size == 1 or size == whole for size, whole in sizes)
 
 
 def _is_lowered(t: Tensor) -> bool:
@@ -539,7 +617,7 @@ def _is_lowered(t: Tensor) -> bool:
     return t.dtype.is_floating_point and t.dtype != torch.float64
 
 
-def _are_options(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
+def are_options(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
     """Whether torch's function surely takes these."""
     return (
         isinstance(dropout_p, (int, float))
@@ -550,17 +628,24 @@ def _are_options(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) ->
     )
 
 
-def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+def _broadcast(shape: tuple[int, ...], *others: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What the shapes broadcast to, or None. Mostly they are alike, and torch's function is long-winded."""
+    if all(other == shape for other in others):
+        return tuple(shape)
     try:
-        return tuple(torch.broadcast_shapes(*shapes))
+        return tuple(torch.broadcast_shapes(shape, *others))
     except RuntimeError:
         return None
 
 
 def _four_dimensional(*tensors: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
     """Query, key and value as [N, heads, ., .], and the dimensions that N and heads of query stand for."""
+    query, key, value = tensors
+    if query.dim() == 4 and query.shape[:2] == key.shape[:-2] == value.shape[:-2]:
+        return tuple(query.shape[:2]), [query, key, value]
     rank = max(t.dim() for t in tensors)
-    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    batch = _broadcast(*(t.shape[:-3] for t in tensors))
+    assert batch is not None
     heads = [t.shape[-3] if t.dim() > 2 else 1 for t in tensors]
     H = max(heads) if 0 not in heads else 0
     # Those of key and value may be fewer, if they are as many.

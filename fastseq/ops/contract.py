@@ -1,10 +1,15 @@
-"""What the contracts of all ops share: the library that holds their schemas, and helpers for their autograd."""
+"""What the contracts of all ops share: the library that holds their schemas, whether an op of ours serves a call, and
+helpers for their autograd.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastseq.dynamo import assume_constant_result
+from fastseq.registry import HALF, OPS, Op, requested_backend
 
 # The schemas live in Python, so that the ops exist where the extension does not.
 LIBRARY = torch.library.Library("fastseq", "DEF")
@@ -14,6 +19,31 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+# Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
+@assume_constant_result
+def requested() -> str | None:
+    """The implementation asked for by name, or None."""
+    return requested_backend()
+
+
+@assume_constant_result
+def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether something better than the reference serves the op, or an implementation is asked for by name."""
+    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
+
+
+def computes_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an op serves tensors of this dtype: half precision is computed in float32."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def why_torch(op: Op, device: str, dtype: torch.dtype) -> str | None:
+    """Why torch's path serves tensors of this kind, or None."""
+    if _is_served(op.name, device, computes_in(dtype)):
+        return None
+    return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
