@@ -229,7 +229,7 @@ TABLE = register(
                 devices=frozenset({"cpu"}),
                 dtypes=FLOATS,
                 needs=_needs_width,
-                verified=frozenset({"avx2", "portable"}),
+                verified=frozenset({"avx2", "avx512", "portable"}),
             ),
             Impl("reference", reference.__name__),
         ],

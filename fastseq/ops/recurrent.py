@@ -197,7 +197,7 @@ class Recurrent:
                         f"fastseq_native::{name}",
                         devices=frozenset({"cpu"}),
                         dtypes=FLOATS,
-                        verified=frozenset({"avx2", "portable"}),
+                        verified=frozenset({"avx2", "avx512", "portable"}),
                     ),
                     Impl("reference", reference.__name__),
                 ],
