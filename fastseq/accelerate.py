@@ -10,7 +10,8 @@ from torch import nn
 
 import fastseq.nn
 from fastseq.dynamo import allow_rnn
-from fastseq.nn.serving import Served, computes_in
+from fastseq.nn.serving import Served
+from fastseq.ops.contract import computes_in
 from fastseq.registry import BackendError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -130,7 +131,8 @@ def _serving(module: nn.Module, base: type[nn.Module], more: str) -> tuple[str, 
         return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
     assert isinstance(module, Served)
     weight = next(module.parameters())
-    op, device, dtype = module.table, weight.device.type, computes_in(weight.dtype)
+    op, device = module.table, weight.device.type
+    dtype = computes_in(op.name, device, weight.dtype)
     try:
         chosen = op.candidates(device, dtype)[0]
     except BackendError as error:  # an implementation is asked for by name and cannot serve

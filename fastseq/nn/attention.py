@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
-from fastseq.nn.serving import Served, are_sound, computes_in, why_torch
+from fastseq.nn.serving import Served, are_sound, why_torch
 from fastseq.ops.attention import TABLE, Arguments, attention, new_seed, wanted_weights
-from fastseq.ops.contract import autocast_dtype
+from fastseq.ops.contract import autocast_dtype, computes_in
 from fastseq.registry import HALF, Op
 
 # The module's own, as `_Weights` begins.
@@ -79,7 +79,7 @@ class _Call(NamedTuple):
         if not self._is_sound(low is not None) or why_torch(TABLE, query.device.type, query.dtype) is not None:
             return None
         given = low or query.dtype
-        compute = computes_in(given)
+        compute = computes_in(TABLE.name, query.device.type, given)
         q, k, v = self._heads(compute)
         mask, key_padding, is_bounded = self._masks(k.shape[2], compute)
         arguments = Arguments(

@@ -9,8 +9,9 @@ from torch.nn import Parameter
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
 from fastseq.dynamo import assume_constant_result
+from fastseq.ops.contract import computes_in
 from fastseq.ops.recurrent import Recurrent
-from fastseq.registry import HALF, OPS, BackendError, Op, requested_backend
+from fastseq.registry import OPS, BackendError, Op, requested_backend
 
 
 # Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
@@ -26,14 +27,9 @@ def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
     return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
 
 
-def computes_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the op that serves a module of this dtype: half precision is computed in float32."""
-    return torch.float32 if dtype in HALF else dtype
-
-
 def why_torch(op: Op, device: str, dtype: torch.dtype) -> str | None:
     """Why torch's path serves tensors of this kind, or None."""
-    if _is_served(op.name, device, computes_in(dtype)):
+    if _is_served(op.name, device, computes_in(op.name, device, dtype)):
         return None
     return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
 
@@ -122,8 +118,8 @@ class ServedRecurrent(Served):
             return None
         return state
 
-    def _dtypes(self, given: torch.dtype, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
-        """What a call on an input of dtype `given`, under autocast to `low` if any, computes in and returns."""
+    def _dtypes(self, x: Tensor, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+        """What a call on an input x, under autocast to `low` if any, computes in and returns."""
         if low is None:
-            return computes_in(given), given
+            return computes_in(self.op.name, x.device.type, x.dtype), x.dtype
         return torch.float32, low if self._autocast_lowers else torch.float32

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastseq.dynamo import assume_constant_result
+from fastseq.registry import OPS
+
 # The schemas live in Python, so that the ops exist where the extension does not.
 LIBRARY = torch.library.Library("fastseq", "DEF")
 
@@ -61,6 +64,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+# Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
+@assume_constant_result
+def computes_in(op: str, device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the op that serves tensors of this dtype: half precision in float32, unless a kernel takes it."""
+    return OPS[op].computes_in(device, dtype)
 
 
 def grads_or_none(
