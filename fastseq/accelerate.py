@@ -131,7 +131,8 @@ def _serving(module: nn.Module, base: type[nn.Module], more: str) -> tuple[str, 
         return "torch", f"a subclass of torch.nn.{base.__name__}: only the exact class is swapped"
     assert isinstance(module, Served)
     weight = next(module.parameters())
-    op, device, dtype = module.table, weight.device.type, computes_in(weight.dtype)
+    op, device = module.table, weight.device.type
+    dtype = computes_in(op.name, device, weight.dtype)
     try:
         chosen = op.candidates(device, dtype)[0]
     except BackendError as error:  # an implementation is asked for by name and cannot serve

@@ -16,11 +16,6 @@ from fastseq.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fused kernels for PyTorch sequence models.")
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `info` a command of its own while it is the only one."""
-
-
 @app.command()
 def info() -> None:
     """Shows this machine, and for each op which implementations can serve here or why not."""
@@ -51,15 +46,48 @@ def info() -> None:
         table.add_column(column, overflow="fold")
     for op in OPS.values():
         for impl in op.impls:
-            for device in sorted(impl.devices) or ["any"]:
-                for dtype in sorted(map(str, impl.dtypes)) or ["any"]:
-                    status = _status(op, impl, device, dtype)
-                    table.add_row(op.name, impl.name, device, dtype.removeprefix("torch."), status)
+            for device, dtype in _kinds(impl):
+                status = _status(op, impl, device, dtype)
+                table.add_row(op.name, impl.name, device, dtype.removeprefix("torch."), status)
     console.print(table)
 
 
+@app.command(name="selfcheck")
+def check() -> None:
+    """Checks every implementation that this machine can run against the reference, and keeps the verdicts.
+
+    Ends with 1 if one of them is wrong here.
+    """
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("op", "implementation", "device", "dtype", "verdict"):
+        table.add_column(column, overflow="fold")
+    failed = 0
+    for op in OPS.values():
+        for impl in op.impls[:-1]:
+            for device, name in _kinds(impl):
+                dtype = getattr(torch, name.removeprefix("torch."))
+                if (device == "cuda" and not torch.cuda.is_available()) or impl.against(device, dtype) is not None:
+                    continue
+                with console.status(f"{op.name}: {impl.name} for {name} on {device}"):
+                    failure = selfcheck.run(op, impl, device, dtype)
+                failed += failure is not None
+                verdict = failure or f"right on {selfcheck.architecture(device)}"
+                table.add_row(op.name, impl.name, device, name.removeprefix("torch."), verdict)
+    console.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _kinds(impl: Impl) -> list[tuple[str, str]]:
+    """The devices and dtypes that a row of a table names."""
+    return [
+        (device, dtype) for device in sorted(impl.devices) or ["any"] for dtype in sorted(map(str, impl.dtypes)) or ["any"]
+    ]
+
+
 def _status(op: Op, impl: Impl, device: str, dtype: str) -> str:
-    if "any" in (device, dtype):
+    if impl is op.reference:
         return "available"
     if device == "cuda" and not torch.cuda.is_available():
         return "no NVIDIA GPU that torch can use"

@@ -7,6 +7,7 @@ it never falls back.
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastseq import native
+from fastseq import jit, native
 
 FLOATS = frozenset({torch.float32, torch.float64})
 HALF = frozenset({torch.float16, torch.bfloat16})
@@ -57,7 +58,6 @@ class Impl:
         dtypes: dtypes it takes; empty means all floating dtypes.
         needs: called with the op's arguments, returns None or the reason against this call in words.
         verified: architectures on which its whole test suite has passed; elsewhere the first use checks itself.
-            Empty means that it needs no check (the reference).
     """
 
     name: str
@@ -72,6 +72,10 @@ class Impl:
         return self.target.startswith("fastseq_native::")
 
     @cached_property
+    def is_triton(self) -> bool:
+        return self.target.startswith("fastseq.kernels.triton.")
+
+    @cached_property
     def kernel(self) -> Kernel:
         if self.is_native:
             if (reason := native.unavailable()) is not None:
@@ -83,11 +87,19 @@ class Impl:
 
     def unavailable(self) -> str | None:
         """The reason why this machine cannot run it at all, or None."""
-        return native.unavailable() if self.is_native else None
+        return native.unavailable() if self.is_native else jit.unavailable() if self.is_triton else None
+
+    def build(self) -> str:
+        """Tells one state of what is compiled from another."""
+        return native.build() if self.is_native else jit.build(self.target) if self.is_triton else ""
+
+    def is_interpreted(self, device: str) -> bool:
+        """Whether it runs on the CPU in place of the device that it is for."""
+        return self.is_triton and device == "cpu" and jit.is_interpreted()
 
     def against(self, device: str, dtype: torch.dtype) -> str | None:
         """The reason why it cannot serve tensors of this kind here, or None."""
-        if self.devices and device not in self.devices:
+        if self.devices and device not in self.devices and not self.is_interpreted(device):
             return f"runs on {' and '.join(sorted(self.devices))}, not on {device}"
         if self.dtypes and dtype not in self.dtypes:
             known = " and ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
@@ -95,12 +107,39 @@ class Impl:
         return self.unavailable()
 
 
+@dataclass(frozen=True)
+class _CompiledWhenCalled:
+    """A kernel of which a call may show that it cannot be compiled here: then the next implementation serves."""
+
+    op: "Op"
+    impl: Impl
+    device: str
+    dtype: torch.dtype
+    args: tuple[Any, ...]
+
+    def forward(self, *args: Any) -> Any:
+        return self._call("forward", args)
+
+    def backward(self, *args: Any) -> Any:
+        return self._call("backward", args)
+
+    def _call(self, direction: str, args: tuple[Any, ...]) -> Any:
+        try:
+            return getattr(self.impl.kernel, direction)(*args)
+        except Exception as error:
+            if not jit.is_compile_error(error):
+                raise  # out of memory, above all
+            self.op.give_up(self.impl, error)
+        return getattr(self.op.select(self.device, self.dtype, *self.args), direction)(*args)
+
+
 class Op:
     """An op's name, its table of implementations and the check that an unverified one has to pass.
 
     Args:
         name: the noun, as in `fastseq::name`.
-        impls: the table, best first. The last row serves everything.
+        impls: the table, best first. The last row is the reference: it serves everything, and is what the others are
+            checked against.
         self_check: called with a kernel, a device and a dtype; raises if the kernel is wrong.
     """
 
@@ -109,15 +148,39 @@ class Op:
         self.impls = impls
         self.self_check = self_check
         self._choices: dict[tuple[str | None, str, torch.dtype], list[Impl]] = {}
+        self._given_up: dict[str, str] = {}
+
+    @property
+    def reference(self) -> Impl:
+        return self.impls[-1]
 
     def reason_against(self, impl: Impl, device: str, dtype: torch.dtype) -> str | None:
         """Why `impl` cannot be used for tensors of this kind on this machine, the self-check included, or None."""
         reason = impl.against(device, dtype)
-        if reason is None and impl.verified:
+        if reason is None:
+            reason = self._given_up.get(impl.name)
+        if reason is None and impl is not self.reference and not impl.is_interpreted(device):
             from fastseq import selfcheck
 
             reason = selfcheck.failure(self, impl, device, dtype)
         return reason
+
+    def computes_in(self, device: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that tensors of this one shall have: half precision goes to the op as float32, unless an
+        implementation other than the reference takes it as it is.
+        """
+        if dtype not in HALF:
+            return dtype
+        requested = requested_backend()
+        takers = [i for i in self.impls if dtype in i.dtypes and requested in (None, i.name)]
+        return dtype if any(self.reason_against(i, device, dtype) is None for i in takers) else torch.float32
+
+    def give_up(self, impl: Impl, error: Exception) -> None:
+        """Uses an implementation no more in this process, and says so once."""
+        reason = f"cannot be compiled here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        self._choices.clear()
+        if self._given_up.setdefault(impl.name, reason) is reason:
+            warnings.warn(f"fastseq::{self.name}: {impl.name} {reason}", RuntimeWarning, stacklevel=2)
 
     def candidates(self, device: str, dtype: torch.dtype) -> list[Impl]:
         """The implementations that can serve tensors of this kind, best first; one only if it was asked for by name.
@@ -141,7 +204,7 @@ class Op:
         for impl in candidates:
             reason = impl.needs(*args) if impl.needs else None
             if reason is None:
-                return impl.kernel
+                return _CompiledWhenCalled(self, impl, device, dtype, args) if impl.is_triton else impl.kernel
         raise BackendError(f"fastseq::{self.name}: {candidates[-1].name} cannot serve this call: {reason}")
 
     def _by_name(self, name: str, device: str, dtype: torch.dtype) -> Impl:

@@ -39,8 +39,21 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
     return calls
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of an implementation that runs on GPUs only are marked `gpu`."""
+    for item in items:
+        impl = item.callspec.params.get("impl") if hasattr(item, "callspec") else None
+        if isinstance(impl, Impl) and device_of(impl) == "cuda":
+            item.add_marker("gpu")
+
+
 def device_of(impl: Impl) -> str:
-    return "cuda" if impl.devices == {"cuda"} else "cpu"
+    return "cuda" if impl.devices == {"cuda"} and not impl.is_interpreted("cpu") else "cpu"
+
+
+def widest(impl: Impl) -> torch.dtype:
+    """float64, unless the implementation takes only narrower ones."""
+    return torch.float64 if not impl.dtypes or torch.float64 in impl.dtypes else torch.float32
 
 
 def assert_no_worse(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:

@@ -57,16 +57,21 @@ struct AttentionInputs {
     check(v, kName, "value", {N, Hk, S, Ev}, given);
     q = laid_out(q, true), k = laid_out(k, true), v = laid_out(v, true);
     if (mask) {
-      check(mask->is_cpu() && (mask->scalar_type() == dtype || mask->scalar_type() == ScalarType::Bool), kName, "mask",
-            "on the CPU, and bool or of the dtype that is computed in");
+      const ScalarType type = mask->scalar_type();
+      check(mask->is_cpu() && (type == dtype || type == given || type == ScalarType::Bool), kName, "mask",
+            "on the CPU, and bool, of query's dtype, or float32 beside half precision");
       const int64_t sizes[] = {N, H, L, S};
       bool fits = mask->dim() == 4;
       for (int i = 0; fits && i < 4; ++i) fits = mask->size(i) == sizes[i] || mask->size(i) == 1;
       check(fits, kName, "mask", "broadcastable to [N, H, L, S]");
+      if (type != dtype && type != ScalarType::Bool) mask = converted(*mask, dtype);
       if (mask->size(3) > 1 && mask->stride(3) > 1) *mask = torch::stable::contiguous(*mask);
     }
     if (padding) check(*padding, kName, "key_padding", {N, S}, ScalarType::Bool), *padding = laid_out(*padding);
-    if (slopes) check(*slopes, kName, "slopes", {H}, dtype), *slopes = laid_out(*slopes);
+    if (slopes) {
+      if (slopes->scalar_type() == given && given != dtype) slopes = converted(*slopes, dtype);
+      check(*slopes, kName, "slopes", {H}, dtype), *slopes = laid_out(*slopes);
+    }
     check(bool(ends_q) == bool(ends_k), kName, "cu_seqlens_q and cu_seqlens_k", "given together");
     if (ends_q) {
       check(N == 1 && !mask && !padding, kName, "cu_seqlens_q", "left out with a batch, a mask or key_padding");
@@ -175,7 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   in.prepare();
   const auto [N, H, L] = std::tuple(in.N, in.H, in.L);
   check(needs.size() == 4, kName, "needs", "a flag for query, key, value and mask");
-  check(!needs[3] || (mask && mask->scalar_type() == in.dtype), kName, "mask", "added, if its gradient is needed");
+  check(!needs[3] || (mask && mask->scalar_type() != ScalarType::Bool), kName, "mask",
+        "added, if its gradient is needed");
   check(out, kName, "out", {N, H, L, in.Ev}, in.given);
   check(lse, kName, "lse", {N, H, L}, in.dtype);
   out = laid_out(out, true), lse = laid_out(lse);
@@ -192,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     return need ? empty_heads(t, t.size(3), in.given) : empty({0}, in.given);
   };
   Tensor dq = wanted(needs[0], in.q), dk = wanted(needs[1], in.k), dv = wanted(needs[2], in.v);
-  Tensor dmask = empty({0}, in.dtype);
+  Tensor dmask = empty({0}, in.given);
   if (needs[3]) dmask = zeros(empty({mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, in.dtype));
   const auto run = [&](auto zero, auto kernel) {
     using Scalar = decltype(zero);
@@ -215,6 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     run(0.0f, kernels().backward_float);
   else
     run(0.0, kernels().backward_double);
+  if (needs[3] && mask->scalar_type() != in.dtype) dmask = converted(dmask, mask->scalar_type());
   return {dq, dk, dv, dmask};
 }
 

@@ -23,13 +23,13 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 // A new CPU tensor, uninitialised, whose elements fill its memory.
-inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype) {
+inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides, ScalarType dtype) {
   const int32_t type = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
                        : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
                                                      : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, type,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides, type,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor made(handle);
   // Tests set this: an element that a kernel forgot shows as NaN.
@@ -39,11 +39,11 @@ inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t*
 }
 
 // A new contiguous one.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+    stride *= std::max<int64_t>(sizes[i], 1);
   }
   return empty_strided(sizes, strides, dtype);
 }
@@ -61,6 +61,12 @@ inline void check(const Tensor& t, const char* op, const char* name, std::initia
   std::string expected;
   for (const int64_t size : sizes) expected += (expected.empty() ? "[" : ", ") + std::to_string(size);
   check(false, op, name, (expected + "]").c_str());
+}
+
+// A copy in another dtype, contiguous.
+inline Tensor converted(const Tensor& t, ScalarType dtype) {
+  Tensor made = empty(t.sizes(), dtype);
+  return torch::stable::copy_(made, t);
 }
 
 // How a kernel reads tensors of this dtype.

@@ -82,7 +82,7 @@ class _Call(NamedTuple):
         if not self._is_sound(low is not None) or why_torch(TABLE, query.device.type, query.dtype) is not None:
             return None
         given = low or query.dtype
-        compute = computes_in(given)
+        compute = computes_in(TABLE.name, query.device.type, given)
         q, k, v = self._heads(compute)
         mask, key_padding, is_bounded = self._masks(k.shape[2], compute)
         arguments = Arguments(
@@ -97,7 +97,7 @@ class _Call(NamedTuple):
             right=0 if is_bounded else -1,
         )
         out, _, shares = attention(arguments, wanted_weights(self.need_weights, self.average_attn_weights))
-        if compute != given:
+        if given in HALF:  # the op's weights are wider, and out may be
             out, shares = out.to(given), shares.to(given)
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3).contiguous()
         out = F.linear(out.reshape(query.shape), self.weights.out, self.weights.out_bias)

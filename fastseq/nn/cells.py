@@ -45,7 +45,7 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
         if reason is not None or not self._is_sound(x, states, weights, low is not None):
             return torch_forward(torchs_forward, type(self).__name__, reason, x, hx)
 
-        compute, wanted = self._dtypes(given, low)
+        compute, wanted = self._dtypes(x, low)
         if compute != given or low is not None:
             x, states = cast(x, compute), cast(states, compute)
             if needs_graph(x, *states, *weights):  # without one, the op reads them as they are

@@ -72,7 +72,7 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
             op.check(self._arguments(0, x, states, weights[:per_layer], sizes, lengths, reset, reset_states))
 
         given = x.dtype
-        compute, wanted = self._dtypes(given, low)
+        compute, wanted = self._dtypes(x, low)
         if compute != given or low is not None:
             x, states, reset_states = (cast(t, compute) for t in (x, states, reset_states))
             if needs_graph(x, *states, *reset_states, *weights):  # without one, the op reads them as they are

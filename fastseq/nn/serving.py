@@ -112,8 +112,8 @@ class ServedRecurrent(Served):
             return None
         return state
 
-    def _dtypes(self, given: torch.dtype, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
-        """What a call on an input of dtype `given`, under autocast to `low` if any, computes in and returns."""
+    def _dtypes(self, x: Tensor, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+        """What a call on an input x, under autocast to `low` if any, computes in and returns."""
         if low is None:
-            return computes_in(given), given
+            return computes_in(self.op.name, x.device.type, x.dtype), x.dtype
         return torch.float32, low if self._autocast_lowers else torch.float32

@@ -13,6 +13,7 @@ from fastseq.ops.contract import (
     LIBRARY,
     autocast_dtype,
     below_autograd,
+    computes_in,
     grads_or_none,
     is_plain,
     is_transformed,
@@ -30,12 +31,14 @@ class Arguments(NamedTuple):
     """What the op takes, beside which weights it shall return.
 
     Attributes:
-        query: [N, H, L, E], any strides; with `cu_seqlens_q` [1, H, all queries, E].
+        query: [N, H, L, E], any strides, any floating dtype, which key and value have too; with `cu_seqlens_q`
+            [1, H, all queries, E].
         key: [N, Hk, S, E], where H is a multiple of Hk; with `cu_seqlens_k` [1, Hk, all keys, E].
         value: [N, Hk, S, Ev]
-        mask: broadcastable to [N, H, L, S]; bool, true where a key takes part, or query's dtype, added to the scores.
+        mask: broadcastable to [N, H, L, S]; bool, true where a key takes part, or added to the scores, of query's dtype
+            or, beside half precision, float32.
         key_padding: [N, S] bool, true where a key is left out.
-        slopes: [H] of ALiBi, query's dtype.
+        slopes: [H] of ALiBi, of query's dtype or, beside half precision, float32.
         cu_seqlens_q: [sequences + 1] int64 on the CPU, where each sequence begins among the queries, and its end.
         cu_seqlens_k: likewise among the keys.
         seed: int64 of one element on the CPU, what dropout draws from; there if dropout_p > 0.
@@ -67,9 +70,11 @@ class Outputs(NamedTuple):
     """What the op gives.
 
     Attributes:
-        out: [N, H, L, Ev], 0 where every key is left out.
-        lse: [N, H, L] log of the sum of exp(scores), before dropout; -inf where every key is left out.
+        out: [N, H, L, Ev], query's dtype, 0 where every key is left out.
+        lse: [N, H, L] log of the sum of exp(scores), before dropout; -inf where every key is left out. Query's dtype, or
+            float32 if that is half precision.
         weights: what values are summed with, dropout included: [N, H, L, S], or their mean [N, L, S], or no elements.
+            lse's dtype.
     """
 
     out: Tensor
@@ -204,19 +209,26 @@ def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
             outputs = kernel.forward(*arguments, weights)
             expected = reference.forward(*wide, weights)
             for got, want in zip(outputs, expected, strict=True):
-                torch.testing.assert_close(got, want.to(dtype))
+                torch.testing.assert_close(got, want.to(got.dtype), **rounding(want, got.dtype, 2))
         grads = grads_like(Outputs(*expected))
         needs = [True, True, True, wide.mask is not None and wide.mask.is_floating_point()]
-        ours = kernel.backward(*(g.to(dtype) for g in grads), *arguments, *outputs[:2], needs)
+        sent = [g.to(o.dtype) for g, o in zip(grads, outputs[:2], strict=True)]
+        ours = kernel.backward(*sent, *arguments, *outputs[:2], needs)
         given: Any = (*grads, *wide, *expected[:2], needs)
         theirs = reference.backward(*given)
         for got, want in zip(ours, theirs, strict=True):
             # A gradient sums up to N*H*L terms, which the kernels add in another order than the reference.
-            torch.testing.assert_close(got, want.to(dtype), rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
+            tolerance = dict(rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
+            torch.testing.assert_close(got, want.to(got.dtype), **(rounding(want, got.dtype, 4) or tolerance))
 
 
 def _needs_width(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> str | None:
     return None if query.shape[3] and value.shape[3] else "it needs at least one feature of a head"
+
+
+def _needs_narrow_heads(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> str | None:
+    widths = (query.shape[3], value.shape[3])
+    return None if min(widths) >= 1 and max(widths) <= 256 else f"it takes heads of 1 to 256 features, not {widths}"
 
 
 TABLE = register(
@@ -227,9 +239,16 @@ TABLE = register(
                 "cpp",
                 "fastseq_native::attention",
                 devices=frozenset({"cpu"}),
-                dtypes=FLOATS,
+                dtypes=FLOATS | HALF,
                 needs=_needs_width,
                 verified=frozenset({"avx2", "avx512", "portable"}),
+            ),
+            Impl(
+                "triton",
+                "fastseq.kernels.triton.attention",
+                devices=frozenset({"cuda"}),
+                dtypes=HALF | {torch.float32},
+                needs=_needs_narrow_heads,
             ),
             Impl("reference", reference.__name__),
         ],
@@ -261,7 +280,7 @@ def _backward(*args):  # type: ignore[no-untyped-def]
     return TABLE.select(query.device.type, query.dtype, *args[2:]).backward(*args)
 
 
-def _empty_like(t, *shape):  # type: ignore[no-untyped-def]
+def empty_like_heads(t, *shape):  # type: ignore[no-untyped-def]
     """[N, H, L, width] in the order in memory that t has: heads before or after the places."""
     if t.stride(1) < t.stride(2):
         return t.new_empty(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
@@ -272,16 +291,17 @@ def _forward_fake(query, key, value, *rest):  # type: ignore[no-untyped-def]
     N, H, L = query.shape[:3]
     S, wanted = key.shape[2], rest[-1]
     shape = (0,) if wanted == NO_WEIGHTS else (N, H, L, S) if wanted == EACH_HEAD else (N, L, S)
-    return _empty_like(query, N, H, L, value.shape[3]), query.new_empty(N, H, L), query.new_empty(shape)
+    lse = query.new_empty(N, H, L, dtype=torch.float32 if query.dtype in HALF else query.dtype)
+    return empty_like_heads(query, N, H, L, value.shape[3]), lse, lse.new_empty(shape)
 
 
 def _backward_fake(_dout, _dlse, query, key, value, mask, *rest):  # type: ignore[no-untyped-def]
     needs = rest[-1]
     nothing = query.new_empty(0)
     grads = [
-        _empty_like(t, *t.shape) if need else nothing for t, need in zip((query, key, value), needs[:3], strict=True)
+        empty_like_heads(t, *t.shape) if need else nothing for t, need in zip((query, key, value), needs[:3], strict=True)
     ]
-    return *grads, query.new_empty(mask.shape) if needs[3] else nothing
+    return *grads, mask.new_empty(mask.shape) if needs[3] else nothing
 
 
 def _autograd(*args):  # type: ignore[no-untyped-def]
@@ -523,14 +543,18 @@ def scaled_dot_product_attention(
             raise ValueError(f"key_padding_mask must be torch.bool {list(expected)}, got {got}")
         key_padding_mask = key_padding_mask.reshape(N, S)
 
-    compute = torch.float32 if low is not None or query.dtype in HALF else query.dtype
+    wanted = low or query.dtype
+    # To round what autocast would lower gains nothing on CPUs, whose kernels compute in float32.
+    exact = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype
+    compute = computes_in(TABLE.name, query.device.type, query.dtype if exact else wanted)
+    single = torch.float32 if compute in HALF else compute
     arguments = Arguments(
         q.to(compute),
         k.to(compute),
         v.to(compute),
-        _mask(mask, lead, compute),
+        _mask(mask, lead, compute, single),
         key_padding_mask,
-        None if alibi_slopes is None else alibi_slopes.detach().to(query.device, compute),
+        None if alibi_slopes is None else alibi_slopes.detach().to(query.device, single),
         cu_seqlens_q,
         cu_seqlens_k,
         new_seed(dropout_p),
@@ -542,7 +566,6 @@ def scaled_dot_product_attention(
         bottom_right,
     )
     out, lse, weights = attention(arguments, wanted_weights(return_weights, average_weights))
-    wanted = low or query.dtype
     results = [out.to(wanted).reshape(*lead, L, v.shape[3])]
     if return_lse:
         results.append(lse.reshape(*lead, L))
@@ -661,12 +684,12 @@ def _four_dimensional(*tensors: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
     return (*batch, H) if rank > 2 else (), shaped
 
 
-def _mask(mask: Tensor | None, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """The mask with four dimensions, of which those that it does not tell apart are 1."""
+def _mask(mask: Tensor | None, lead: tuple[int, ...], *dtypes: torch.dtype) -> Tensor | None:
+    """The mask, boolean or of one of the dtypes, with four dimensions, of which those that it does not tell apart are 1."""
     if mask is None:
         return None
-    if mask.dtype != torch.bool:
-        mask = mask.to(dtype)
+    if mask.dtype not in (torch.bool, *dtypes):
+        mask = mask.to(dtypes[0])
     mask = mask[(None,) * max(0, 4 - mask.dim())]
     batch, own = lead[:-1], mask.shape[:-3]
     if len(batch) > 1:
@@ -701,6 +724,18 @@ def widened(arguments: Arguments) -> Arguments:
     """The same arguments in float64."""
     wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
     return Arguments(*wide)
+
+
+def rounding(exact: Tensor, dtype: torch.dtype, steps: int) -> dict[str, float]:
+    """Tolerances for what half precision makes of results: so many of its steps, those of the largest element at most.
+
+    A kernel rounds weights and gradients of scores before it multiplies them. None for wider dtypes.
+    """
+    if dtype not in HALF:
+        return {}
+    eps = torch.finfo(dtype).eps
+    finite = exact[exact.isfinite()]
+    return dict(rtol=steps * eps, atol=steps * eps * max(1.0, finite.abs().max().item() if finite.numel() else 0.0))
 
 
 def grads_like(outputs: Outputs) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq.dynamo import assume_constant_result
-from fastseq.registry import HALF, OPS, Op, requested_backend
+from fastseq.registry import OPS, Op, requested_backend
 
 # The schemas live in Python, so that the ops exist where the extension does not.
 LIBRARY = torch.library.Library("fastseq", "DEF")
@@ -34,14 +34,15 @@ def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
     return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
 
 
-def computes_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an op serves tensors of this dtype: half precision is computed in float32."""
-    return torch.float32 if dtype in HALF else dtype
+@assume_constant_result
+def computes_in(op: str, device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the op that serves tensors of this dtype: half precision in float32, unless a kernel takes it."""
+    return OPS[op].computes_in(device, dtype)
 
 
 def why_torch(op: Op, device: str, dtype: torch.dtype) -> str | None:
     """Why torch's path serves tensors of this kind, or None."""
-    if _is_served(op.name, device, computes_in(dtype)):
+    if _is_served(op.name, device, computes_in(op.name, device, dtype)):
         return None
     return f"no kernel for {str(dtype).removeprefix('torch.')} on {device} here"
 

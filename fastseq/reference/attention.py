@@ -102,6 +102,8 @@ def forward(
     return_weights: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastseq.ops.attention.Arguments` and `Outputs`."""
+    given = query.dtype
+    query, key, value, mask, slopes = (_computed(t) for t in (query, key, value, mask, slopes))
     shared: Any = (slopes, scale, softcap, left, right, bottom_right)
     with _as_given(query.device):
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -118,7 +120,12 @@ def forward(
             keeps = None if seed is None else keep(seed, sizes, dropout_p, query.device)
             out, lse, weights = _dense(query, key, value, mask, key_padding, keeps, *shared)
             weights = query.new_zeros(0) if return_weights == 0 else weights.mean(1) if return_weights == 2 else weights
-        return _laid_out_like(out, query), lse, weights
+        return _laid_out_like(out, query).to(given), lse, weights
+
+
+def _computed(t: Any) -> Any:
+    """The same in the dtype that it is computed in: half precision in float32."""
+    return t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
