@@ -336,7 +336,7 @@ struct Attention : Call {
     return shrinks;
   }
 
-  // Draws for 16 counters; half[k] holds what the k-th 16 bits of each say: 0 or what a weight that is kept is
+  // Draws for 16 counters: factors[k] are what the k-th 16 bits of each say, 0 or what a weight that is kept is
   // multiplied by.
   static constexpr int kCounters = 16, kHalves = 8;
   struct Draws {
@@ -344,26 +344,30 @@ struct Attention : Call {
     T factors[kHalves][kCounters];
   };
   void draw(const Sequence& seq, int64_t h, Draws& draws) const {
-    constexpr int kRounds = 7;
-    uint32_t x[4][kCounters];
-    for (int i = 0; i < kCounters; ++i)
-      x[0][i] = draws.keys[i], x[1][i] = draws.queries[i], x[2][i] = uint32_t(seq.index * H + h), x[3][i] = 0;
-    uint32_t key_low = uint32_t(this->seed), key_high = uint32_t(this->seed >> 32);
-    for (int round = 0; round < kRounds; ++round) {
-      for (int i = 0; i < kCounters; ++i) {
-        const uint64_t even = uint64_t(x[0][i]) * 0xD2511F53u, odd = uint64_t(x[2][i]) * 0xCD9E8D57u;
-        x[0][i] = uint32_t(odd >> 32) ^ x[1][i] ^ key_low;
-        x[1][i] = uint32_t(odd);
-        x[2][i] = uint32_t(even >> 32) ^ x[3][i] ^ key_high;
-        x[3][i] = uint32_t(even);
+    constexpr int kRounds = 7, kWords = sizeof(Words) / 4;
+    int32_t drawn[kHalves][kCounters];
+    for (int v = 0; v < kCounters; v += kWords) {
+      Words x[4];
+      memcpy(&x[0], draws.keys + v, sizeof(Words)), memcpy(&x[1], draws.queries + v, sizeof(Words));
+      x[2] = uint32_t(seq.index * H + h) - Words{}, x[3] = Words{};
+      uint32_t key_low = uint32_t(this->seed), key_high = uint32_t(this->seed >> 32);
+      for (int round = 0; round < kRounds; ++round) {
+        Words even_high, even_low, odd_high, odd_low;
+        multiply_words(x[0], 0xD2511F53u, even_high, even_low);
+        multiply_words(x[2], 0xCD9E8D57u, odd_high, odd_low);
+        x[0] = odd_high ^ x[1] ^ key_low, x[1] = odd_low;
+        x[2] = even_high ^ x[3] ^ key_high, x[3] = even_low;
+        key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
       }
-      key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
+      for (int word = 0; word < 4; ++word) {
+        const Words halves[] = {x[word] & 0xffffu, x[word] >> 16};
+        for (int i = 0; i < 2; ++i) memcpy(drawn[2 * word + i] + v, &halves[i], sizeof(Words));
+      }
     }
+    const int32_t dropped = int32_t(this->dropped);  // in vectors, which takes a copy of each
+    const T kept = this->kept;
     for (int half = 0; half < kHalves; ++half)
-      for (int i = 0; i < kCounters; ++i) {
-        const uint32_t drawn = half % 2 ? x[half / 2][i] >> 16 : x[half / 2][i] & 0xffff;
-        draws.factors[half][i] = drawn < this->dropped ? T(0) : this->kept;
-      }
+      for (int i = 0; i < kCounters; ++i) draws.factors[half][i] = drawn[half][i] < dropped ? T(0) : kept;
   }
 
   // Dropout's factors of a tile.
