@@ -293,7 +293,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
     }
   }
 
-  // The bias's gradient is that of the scores, summed over what it does not tell apart.
+  // The bias's gradient is that of the scores, summed over what it does not tell apart. Lanes beyond the last query
+  // hold zeros.
   void add_to_bias(const Sequence& seq, const Tile& tile, const T* dscores) const {
     const auto at = [&](int64_t i, int64_t j) {
       return this->dbias + seq.sample * this->d_n + tile.h * this->d_h + (tile.l + i) * this->d_l +
@@ -304,8 +305,16 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
         T* to = at(i, j);
         store(to, load(to, lanes) + ds, lanes);
       });
-    for (int64_t j = 0; j < tile.keys; ++j)
-      for (int64_t i = 0; i < tile.queries; ++i) *at(i, j) += dscores[j * kStride + i];
+    for (int64_t j = 0; this->d_s && j < tile.keys; ++j) {
+      Vec<T> total{};
+      for (int64_t i = 0; i < tile.queries; i += kLanes<T>) total += load(dscores + j * kStride + i);
+      *at(0, j) += sum<T>(total);
+    }
+    for (int64_t i = 0; !this->d_s && i < tile.queries; i += kLanes<T>) {
+      Vec<T> total{};
+      for (int64_t j = 0; j < tile.keys; ++j) total += load(dscores + j * kStride + i);
+      for (int r = 0; r < kLanes<T> && i + r < tile.queries; ++r) *at(i + r, 0) += total[r];
+    }
   }
 
   // sums[keys][stride] += a tile times packed rows of queries, of a head with seq.L of them.

@@ -257,25 +257,51 @@ struct Attention : Call {
     }
   }
 
-  // A row of the mask as numbers to be added, -inf where a boolean one leaves a key out; `at` as mask_at says.
+  // Boolean masks as numbers to be added: -inf where a key is left out.
+  static FASTSEQ_INLINE Vec<T> as_numbers(const bool* seen) {
+    typename Simd<T>::Int lanes[kLanes<T>];
+    for (int k = 0; k < kLanes<T>; ++k) lanes[k] = seen[k];
+    typename Simd<T>::IntVec vector;
+    memcpy(&vector, lanes, sizeof vector);
+    return vector != 0 ? Vec<T>{} : kMinusInfinity - Vec<T>{};
+  }
+
+  // Some keys of a row of the mask as numbers to be added; `at` as mask_at says.
   FASTSEQ_INLINE Vec<T> mask_row(int64_t at, int keys) const {
     if (this->bias) return this->m_s ? load(this->bias + at, keys) : this->bias[at] - Vec<T>{};
-    T lanes[kLanes<T>] = {};
-    for (int k = 0; k < keys; ++k) lanes[k] = this->allowed[at + k * this->m_s] ? T(0) : kMinusInfinity;
-    return load(lanes);
+    bool seen[kLanes<T>] = {};
+    for (int k = 0; k < keys; ++k) seen[k] = this->allowed[at + k * this->m_s];
+    return as_numbers(seen);
   }
 
   void add_mask(const Sequence& seq, const Tile& tile, T* scores) const {
+    constexpr int n = kLanes<T>;
     const Vec<T> never = kMinusInfinity - Vec<T>{};
     in_squares(tile, [&](int64_t i, int rows, int64_t j, int keys) {
-      Vec<T> square[kLanes<T>];
-      for (int r = 0; r < kLanes<T>; ++r)
-        square[r] = r < rows ? mask_row(mask_at(seq, tile.h, tile.l + i + r, tile.s + j), keys) : Vec<T>{};
-      transpose<T>(square);
-      for (int k = 0; k < keys; ++k) {
-        T* score = scores + (j + k) * kStride + i;
-        // Not a sum with -inf, which a NaN in a key that is left out would survive.
-        store(score, square[k] == never ? never : load(score) + square[k]);
+      const int64_t at = mask_at(seq, tile.h, tile.l + i, tile.s + j), gap = this->m_l;
+      const auto add = [&](int count, const auto& of_key) __attribute__((always_inline)) {
+        for (int k = 0; k < count; ++k) {
+          T* score = scores + (j + k) * kStride + i;
+          const Vec<T> more = of_key(k);
+          // Not a sum with -inf, which a NaN in a key that is left out would survive.
+          store(score, more == never ? never : load(score) + more);
+        }
+      };
+      const auto add_turned = [&](int count, const auto& row) __attribute__((always_inline)) {
+        Vec<T> square[n];
+        for (int r = 0; r < n; ++r) square[r] = row(r);
+        transpose<T>(square);
+        add(count, [&](int k) { return square[k]; });
+      };
+      if (!gap) {
+        const Vec<T> same = mask_row(at, keys);
+        add(keys, [&](int k) { return same[k] - Vec<T>{}; });
+      } else if (rows < n || keys < n || !this->m_s) {
+        add_turned(keys, [&](int r) { return r < rows ? mask_row(at + r * gap, keys) : Vec<T>{}; });
+      } else if (this->bias) {
+        add_turned(n, [&](int r) { return load(this->bias + at + r * gap); });
+      } else {
+        add_turned(n, [&](int r) { return as_numbers(this->allowed + at + r * gap); });
       }
     });
   }

@@ -393,6 +393,26 @@ FASTSEQ_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) 
 template <typename T>
 FASTSEQ_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int n = kLanes<T>;
+#if FASTSEQ_VECTOR_BYTES == 32 && __has_builtin(__builtin_shufflevector)
+  // AVX2 interleaves within 16 bytes by one instruction, and across them by two more.
+  if constexpr (n == 8) {
+    Vec<T> pairs[n], fours[n];
+    for (int i = 0; i < n; i += 2) {
+      pairs[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+      pairs[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < n; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        fours[i + 2 * j] = __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        fours[i + 2 * j + 1] = __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      }
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = __builtin_shufflevector(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+      rows[i + 4] = __builtin_shufflevector(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    return;
+  }
+#endif
   constexpr auto lanes = std::make_index_sequence<n>{};
   for (int width = n; width > 1; width /= 2) {
     Vec<T> shuffled[n];
