@@ -30,11 +30,12 @@ class Arguments(NamedTuple):
     """What the op takes, beside which weights it shall return.
 
     Attributes:
-        query: [N, H, L, E], any strides, any floating dtype, which key and value have too; with `cu_seqlens_q` [1, H, all queries, E].
+        query: [N, H, L, E], any strides, any floating dtype, which key and value have too; with `cu_seqlens_q` it is
+            [1, H, all queries, E].
         key: [N, Hk, S, E], where H is a multiple of Hk; with `cu_seqlens_k` [1, Hk, all keys, E].
         value: [N, Hk, S, Ev]
-        mask: broadcastable to [N, H, L, S]; bool, true where a key takes part, or added to the scores, of query's dtype or,
-            beside half precision, float32.
+        mask: broadcastable to [N, H, L, S]; bool, true where a key takes part, or added to the scores, of query's dtype
+            or, beside half precision, float32.
         key_padding: [N, S] bool, true where a key is left out.
         slopes: [H] of ALiBi, of query's dtype or, beside half precision, float32.
         cu_seqlens_q: [sequences + 1] int64 on the CPU, where each sequence begins among the queries, and its end.
@@ -69,8 +70,8 @@ class Outputs(NamedTuple):
 
     Attributes:
         out: [N, H, L, Ev], query's dtype, 0 where every key is left out.
-        lse: [N, H, L] log of the sum of exp(scores), before dropout; -inf where every key is left out. Query's dtype, or
-            float32 if that is half precision.
+        lse: [N, H, L] log of the sum of exp(scores), before dropout; -inf where every key is left out. Query's dtype,
+            or float32 if that is half precision.
         weights: what values are summed with, dropout included: [N, H, L, S], or their mean [N, L, S], or no elements.
             Query's dtype.
     """
@@ -226,7 +227,7 @@ def _needs_width(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> str | N
 
 def _needs_narrow_heads(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> str | None:
     widths = (query.shape[3], value.shape[3])
-    return None if 1 <= min(widths) and max(widths) <= 256 else f"it takes heads of 1 to 256 features, not {widths}"
+    return None if min(widths) >= 1 and max(widths) <= 256 else f"it takes heads of 1 to 256 features, not {widths}"
 
 
 TABLE = register(
@@ -297,7 +298,8 @@ def _backward_fake(_dout, _dlse, query, key, value, mask, *rest):  # type: ignor
     needs = rest[-1]
     nothing = query.new_empty(0)
     grads = [
-        empty_like_heads(t, *t.shape) if need else nothing for t, need in zip((query, key, value), needs[:3], strict=True)
+        empty_like_heads(t, *t.shape) if need else nothing
+        for t, need in zip((query, key, value), needs[:3], strict=True)
     ]
     return *grads, mask.new_empty(mask.shape) if needs[3] else nothing
 
@@ -597,7 +599,7 @@ def _four_dimensional(*tensors: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
 
 
 def _mask(mask: Tensor | None, lead: tuple[int, ...], *dtypes: torch.dtype) -> Tensor | None:
-    """The mask, boolean or of one of the dtypes, with four dimensions, of which those that it does not tell apart are 1."""
+    """The mask, boolean or of one of the dtypes, with four dimensions; those that it does not tell apart are 1."""
     if mask is None:
         return None
     if mask.dtype not in (torch.bool, *dtypes):
@@ -638,7 +640,7 @@ def widened(arguments: Arguments) -> Arguments:
     return Arguments(*wide)
 
 
-def rounding(exact: Tensor, dtype: torch.dtype, steps: int) -> dict[str, float]:
+def rounding(exact: Tensor, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     """Tolerances for what half precision makes of results: so many of its steps, those of the largest element at most.
 
     A kernel rounds weights and gradients of scores before it multiplies them. None for wider dtypes.
