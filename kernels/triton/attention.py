@@ -790,28 +790,32 @@ def _mask_gradients(
         tl.store(p_dmask, tl.sum(tl.sum(sums, 1), 0).to(dtype))
 
 
-# How many queries and keys a tile has, and the warps and pipeline stages, for heads of up to so many features: by bytes
-# of an element. From the sizes of registers and shared memory that `make gpu-aot` shows; not tuned on any GPU.
+# How many queries and keys a tile has, and the warps and pipeline stages, for heads of up to so many features: for half
+# precision and by the precision of products of float32. One choice for all, so that results do not change from run to
+# run. From registers, stack and shared memory as `make gpu-aot` shows them; not tuned on any GPU.
 FORWARD_TILES = {
-    2: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    4: {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "half": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "tf32": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "ieee": {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 QUERY_TILES = {
-    2: {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-    4: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "half": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+    "tf32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "ieee": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 KEY_TILES = {
-    2: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-    4: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "half": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "tf32": {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 8, 1)},
+    "ieee": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 REPAIR_TILES = {
-    2: {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-    4: {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "half": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "tf32": {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "ieee": {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 INTERPRETED_TILES = (32, 64, 4, 1)
 DELTA_ROWS = 64
-MOST_FEATURES = 256
-# Programs of a kernel that no longer wait for one another, on a GPU of the interpreter's.
+# How many programs the interpreter shall seem to run at once, so that splits are tested.
 INTERPRETED_PROCESSORS = 8
 # Below this many keys for each part, a split costs more than it gains.
 LEAST_SPLIT = 256
@@ -841,9 +845,15 @@ def _launch(table: dict, arguments: Arguments) -> Launch:
     tiles = INTERPRETED_TILES
     if not jit.is_interpreted():
         widest = max(_power(query.shape[3]), _power(value.shape[3]))
-        tiles = next(tiles for width, tiles in table[query.element_size()].items() if widest <= width)
+        kind = _precision() if query.dtype == torch.float32 else "half"
+        tiles = next(tiles for width, tiles in table[kind].items() if widest <= width)
     L, S, warps, stages = tiles
     return Launch(L, S, dict(BLOCK_L=L, BLOCK_S=S, num_warps=warps, num_stages=stages))
+
+
+def _precision() -> str:
+    """Of products of float32, as torch's flags say."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _processors(device: torch.device) -> int:
@@ -858,7 +868,6 @@ def _problem(arguments: Arguments) -> tuple[Problem, tuple[int, ...]]:
     H, L, E, S = *query.shape[1:], key.shape[2]
     bound = tl.constexpr
     expanded = None if mask is None else mask.expand(query.shape[0], H, L, S)
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     dropped = dropped_of(p) if seed is not None else 0
     problem = Problem(
         query,
@@ -889,7 +898,7 @@ def _problem(arguments: Arguments) -> tuple[Problem, tuple[int, ...]]:
         bound(bottom),
         bound(softcap > 0),
         bound(seed is not None and p > 0),
-        bound("tf32" if tf32 else "ieee"),
+        bound(_precision()),
     )
     drawn = 0 if seed is None else int(seed)
     seeds = [half - (half >> 31 << 32) for half in (drawn & 0xFFFFFFFF, drawn >> 32 & 0xFFFFFFFF)]
