@@ -3,6 +3,7 @@
 import platform
 
 import pytest
+import torch
 
 from fastseq import jit
 
@@ -12,6 +13,9 @@ if platform.system() != "Linux":
     pytest.skip("Triton is there on Linux only", allow_module_level=True)
 
 import aot
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 # The first of each module, in which its kernels are to be fast: nothing may go through the stack there.
 MAIN = [(module, list(aot.configurations(module))[:2]) for module in aot.modules()]
@@ -32,6 +36,21 @@ def test_main_configurations(module: str, configuration: str, dtype: str, capabi
         assert artefact.stack == 0, artefact
         assert bool(artefact.matrix) == artefact.has_dot, artefact
         assert artefact.has_wide_loads, artefact
+
+
+def test_what_is_compiled_is_what_a_launch_compiles() -> None:
+    """The same types, constants and divisibilities as Triton finds in the arguments when it launches."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for configuration in aot.configurations("attention").values():
+        with aot.recorded() as launches:
+            configuration(torch.bfloat16)
+        for launch in launches:
+            kernel, source = launch.kernel, aot.source_of(launch)
+            bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+            bound = bind(**launch.args, **launch.options, debug=False, instrumentation_mode="")
+            _, signature, constants, attributes = kernel._pack_args(backend, launch.options, *bound)
+            assert (signature, constants) == (source.signature, source.constants)
+            assert {path: found for path, found in attributes.items() if found} == source.attrs
 
 
 def test_the_newest_instructions_are_used() -> None:
