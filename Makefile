@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
+OUT    ?= out/gpu-check
 
 # FASTSEQ_NO_EXT=1 asks for an installation without the extension; otherwise make requires it.
 NO_EXT  := $(filter-out 0,$(FASTSEQ_NO_EXT))
@@ -10,13 +11,14 @@ DONE    := $(VENV)/.installed$(if $(NO_EXT),-no-ext)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench bench-smoke clean
+.PHONY: demo test lint bench bench-smoke gpu-aot gpu-check clean
 
 demo: $(DONE)  ## train and run a character-level LSTM, as it is and accelerated
 	$(BIN)/python examples/char_lm.py
 
 test: $(DONE)  ## all tests; a missing C++ extension is a failure, not a skip
 	FASTSEQ_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 FASTSEQ_REQUIRE=$(REQUIRE),triton $(BIN)/python -m pytest tests/test_triton_*.py
 
 lint: $(DONE)
 	$(BIN)/ruff check .
@@ -28,6 +30,13 @@ bench: $(VENV)/.bench  ## every case against every peer, over 20 minutes
 
 bench-smoke: $(VENV)/.bench
 	$(BIN)/python -m pytest benches --smoke
+
+gpu-aot: $(DONE)  ## Triton kernels compiled for GPUs that need not be here, in every configuration: 5 minutes
+	$(BIN)/python tests/aot.py
+
+# Needs no network: what has to be installed is, or the first Python with torch says what is missing.
+gpu-check:  ## tests and races on an NVIDIA GPU, all files into OUT; DRY=1 without one: whether they could run
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benches/gpu_check.py --out $(OUT) $(if $(filter-out 0,$(DRY)),--dry)
 
 clean:
 	rm -rf $(VENV) build out fastseq/*.so *.egg-info

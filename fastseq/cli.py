@@ -82,7 +82,9 @@ def check() -> None:
 def _kinds(impl: Impl) -> list[tuple[str, str]]:
     """The devices and dtypes that a row of a table names."""
     return [
-        (device, dtype) for device in sorted(impl.devices) or ["any"] for dtype in sorted(map(str, impl.dtypes)) or ["any"]
+        (device, dtype)
+        for device in sorted(impl.devices) or ["any"]
+        for dtype in sorted(map(str, impl.dtypes)) or ["any"]
     ]
 
 

@@ -125,7 +125,8 @@ class _CompiledWhenCalled:
 
     def _call(self, direction: str, args: tuple[Any, ...]) -> Any:
         try:
-            return getattr(self.impl.kernel, direction)(*args)
+            with torch.cuda.device_of(self.args[0]):  # Triton launches on the current one
+                return getattr(self.impl.kernel, direction)(*args)
         except Exception as error:
             if not jit.is_compile_error(error):
                 raise  # out of memory, above all

@@ -49,7 +49,9 @@ def architecture(device: str) -> str:
 
 def driver(device: str) -> str:
     """The GPU driver's CUDA version beside that of torch's build; empty on a CPU."""
-    return f"{torch._C._cuda_getDriverVersion()} {torch.version.cuda}" if device == "cuda" else ""
+    if device != "cuda":
+        return ""
+    return f"{torch._C._cuda_getDriverVersion()} {torch.version.cuda}"  # type: ignore[attr-defined]
 
 
 def cache_folder() -> Path:
@@ -65,7 +67,7 @@ def failure(op: "Op", impl: "Impl", device: str, dtype: torch.dtype) -> str | No
     """None if `impl` is verified here or passes its self-check; otherwise what went wrong."""
     if architecture(device) in impl.verified:
         return None
-    path, key = _record(op, impl, device, dtype)
+    path, _ = _record(op, impl, device, dtype)
     try:
         return json.loads(path.read_text())["failure"]
     except (OSError, ValueError, KeyError):

@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that are not there and shows what came of them: `python tests/aot.py --help`.
 
-A module of `fastseq.kernels.triton` that has `AOT`, functions of a dtype by the names of configurations, takes part. The
-functions call the module's own host code; launches are caught and compiled instead of run.
+A module of `fastseq.kernels.triton` that has `AOT`, functions of a dtype by the names of configurations, takes part.
+The functions call the module's own host code; launches are caught and compiled instead of run.
 """
 
 import importlib
@@ -138,10 +138,14 @@ def modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(f"fastseq.kernels.triton.{name}"), "AOT")]
 
 
+def configurations(module: str) -> dict[str, Any]:
+    return importlib.import_module(f"fastseq.kernels.triton.{module}").AOT
+
+
 def build(module: str, configuration: str, dtype: str, capability: int) -> list[Artefact]:
     """Compiles each kernel that a configuration launches, once."""
     with recorded() as launches:
-        importlib.import_module(f"fastseq.kernels.triton.{module}").AOT[configuration](DTYPES[dtype])
+        configurations(module)[configuration](DTYPES[dtype])
     return [compiled(launch, capability, module, configuration, dtype) for launch in launches]
 
 
@@ -152,7 +156,7 @@ def build_all(
     todo = [
         (module, configuration, dtype, capability)
         for module in modules()
-        for configuration in importlib.import_module(f"fastseq.kernels.triton.{module}").AOT
+        for configuration in configurations(module)
         if only in f"{module}: {configuration}"
         for dtype in dtypes
         for capability in capabilities
@@ -178,10 +182,16 @@ def main(
             fits = a.shared <= SHARED_LIMIT[a.capability]
             wrong += not fits
             table.add_row(
-                f"{a.module}: {a.configuration}", a.dtype, a.kernel, str(a.capability), str(a.registers),
-                f"[red]{a.stack}[/]" if a.stack else "0", f"{a.shared / 1024:.0f}" + ("" if fits else " [red]too much[/]"),
-                str(a.warps), a.matrix or ("-" if not a.has_dot else "[red]none[/]"),
-            )  # fmt: skip
+                f"{a.module}: {a.configuration}",
+                a.dtype,
+                a.kernel,
+                str(a.capability),
+                str(a.registers),
+                f"[red]{a.stack}[/]" if a.stack else "0",
+                f"{a.shared / 1024:.0f}" + ("" if fits else " [red]too much[/]"),
+                str(a.warps),
+                a.matrix or ("none" if a.has_dot else "-"),
+            )
     console.print(table)
     if wrong:
         sys.exit(f"{wrong} kernels need more shared memory than their GPU has")

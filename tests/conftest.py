@@ -68,7 +68,7 @@ def require(op: Op, impl: Impl, device: str, dtype: torch.dtype) -> None:
     """Skips the test, with the reason, if the implementation cannot serve here; fails if FASTSEQ_REQUIRE names it."""
     reason = op.reason_against(impl, device, dtype)
     if reason is not None:
-        if impl.name in REQUIRED:
+        if impl.name in REQUIRED and (not impl.dtypes or dtype in impl.dtypes) and device == device_of(impl):
             pytest.fail(f"{impl.name} is required (FASTSEQ_REQUIRE) but {reason}")
         pytest.skip(f"{impl.name}: {reason}")
 

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import fastseq
-from fastseq import selfcheck
+from fastseq import jit, selfcheck
 from fastseq.cli import app
 from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.lstm import lstm
@@ -25,7 +27,7 @@ def op_of(*impls: Impl, self_check=lambda kernel, device, dtype: None) -> Op:
     return Op("lstm", [*impls, LSTM.impls[-1]], self_check)
 
 
-def test_first_without_a_reason_serves() -> None:
+def test_first_without_a_reason_serves(fresh_cache) -> None:
     gpu = Impl("gpu", "fastseq.reference.lstm", devices=frozenset({"cuda"}))
     narrow = Impl("narrow", "fastseq.reference.lstm", dtypes=frozenset({torch.float64}))
     picky = Impl("picky", "fastseq.reference.lstm", needs=lambda x, *_: "x is too long" if len(x) > 3 else None)
@@ -35,6 +37,16 @@ def test_first_without_a_reason_serves() -> None:
     assert op.reason_against(gpu, "cpu", torch.float32) == "runs on cuda, not on cpu"
     assert op.reason_against(narrow, "cpu", torch.float32) == "takes float64, not float32"
     assert op.select("cpu", torch.float32, torch.zeros(5)) is reference
+
+
+def test_half_precision_stays_as_it_is_where_a_kernel_takes_it(fresh_cache) -> None:
+    wide = Impl("wide", "fastseq.reference.lstm", dtypes=FLOATS)
+    half = Impl("half", "fastseq.reference.lstm", dtypes=frozenset({torch.float16}))
+    op = op_of(wide, half)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert op.computes_in("cpu", dtype) == dtype
+    assert op.computes_in("cpu", torch.bfloat16) == torch.float32
+    assert op_of(wide).computes_in("cpu", torch.float16) == torch.float32
 
 
 def test_asked_for_by_name_never_falls_back() -> None:
@@ -82,7 +94,7 @@ def fresh_cache(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 
 def unverified(target: str = "fastseq.reference.lstm") -> Impl:
-    return Impl("new", target, dtypes=FLOATS, verified=frozenset({"some other machine"}))
+    return Impl("new", target, frozenset({"cpu"}), FLOATS, verified=frozenset({"some other machine"}))
 
 
 def test_an_unverified_implementation_checks_itself_once(fresh_cache) -> None:
@@ -104,6 +116,126 @@ def test_an_implementation_that_fails_its_check_does_not_serve(fresh_cache) -> N
     reason = op.reason_against(op.impls[0], "cpu", torch.float32)
     assert reason is not None and "failed its self-check" in reason and "off by one" in reason
     assert json.loads(next(fresh_cache.iterdir()).read_text())["failure"] == reason
+
+
+def test_a_kernel_that_does_not_return_does_not_serve(fresh_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(selfcheck.LIMIT_S, "cpu", 0.05)
+    op = op_of(unverified(), self_check=lambda *_: time.sleep(1))
+    assert op.candidates("cpu", torch.float32)[0].name == "reference"
+    assert "did not return" in str(op.reason_against(op.impls[0], "cpu", torch.float32))
+
+
+def test_running_out_of_memory_says_nothing_about_a_kernel(fresh_cache) -> None:
+    def check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    op = op_of(unverified(), self_check=check)
+    assert "no room" in str(op.reason_against(op.impls[0], "cpu", torch.float32))
+    assert not list(fresh_cache.iterdir())  # the next process tries again
+
+
+def test_a_gpu_is_checked_by_another_process() -> None:
+    """Here with a CPU's kernel: what the process prints, and what is made of processes that end otherwise."""
+    command = [sys.executable, "-m", "fastseq.selfcheck", "lstm", "reference", "cpu", "torch.float64", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert selfcheck._reported(done) == (None, True)
+    done.stdout += json.dumps(["off by one", True])
+    assert selfcheck._reported(done) == ("off by one", True)
+    crashed = subprocess.CompletedProcess([], -11, "", "")
+    assert selfcheck._reported(crashed) == ("the process that checked it ended with -11: it said nothing", True)
+    crowded = subprocess.CompletedProcess([], 1, "", "Traceback\ntorch.OutOfMemoryError: no room\n")
+    failure, final = selfcheck._reported(crowded)
+    assert "no room" in failure and not final
+
+
+def test_a_gpus_process_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(selfcheck.LIMIT_S, "cuda", 0.01)
+    monkeypatch.setattr(selfcheck, "architecture", lambda device: "sm_99")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    op = op_of(unverified())
+    failure, final = selfcheck._in_process(op, op.impls[0], "cuda", torch.float32)
+    assert failure == "it did not return within 0 s" and final
+
+
+def test_selfcheck_checks_everything_and_says_what_is_wrong(fresh_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastseq.cli.OPS", {"lstm": op_of(unverified(), self_check=lambda *_: None)})
+    result = CliRunner().invoke(app, ["selfcheck"])
+    assert result.exit_code == 0 and "right on" in result.output and "float64" in result.output
+
+    def check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
+        raise AssertionError("off by one")
+
+    monkeypatch.setattr("fastseq.cli.OPS", {"lstm": op_of(unverified(), self_check=check)})
+    result = CliRunner().invoke(app, ["selfcheck"])
+    assert result.exit_code == 1 and "off by one" in " ".join(result.output.split())
+
+
+def test_a_kernel_that_cannot_be_compiled_is_named_once(fresh_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    if jit.is_interpreted():
+        pytest.skip("nothing is compiled in the interpreter")
+    errors = pytest.importorskip("triton.errors")
+    calls = []
+
+    def forward(*args):
+        calls.append(args)
+        raise error
+
+    error: Exception = errors.TritonError("no such instruction\nat line 3")
+    new = Impl("new", "fastseq.kernels.triton.new", dtypes=FLOATS)
+    monkeypatch.setattr(Impl, "unavailable", lambda self: None)
+    monkeypatch.setattr(Impl, "build", lambda self: "")
+    monkeypatch.setitem(new.__dict__, "kernel", SimpleNamespace(forward=forward, backward=forward))
+    op = op_of(new)
+    arguments = Case(3, 2, 4, 5).arguments(LSTM_OP, "cpu", torch.float64)
+    forward_args = arguments.saving(False)
+    expected = reference.forward(*forward_args)
+    with pytest.warns(RuntimeWarning, match=r"fastseq::lstm: new cannot be compiled here: TritonError: no such"):
+        got = op.select("cpu", torch.float64, *forward_args).forward(*forward_args)
+    torch.testing.assert_close(got, expected)
+    assert op.select("cpu", torch.float64, *forward_args) is reference and len(calls) == 1
+    assert "cannot be compiled here" in str(op.reason_against(new, "cpu", torch.float64))
+
+    op, error = op_of(new), torch.OutOfMemoryError("no room")
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        op.select("cpu", torch.float64, *forward_args).forward(*forward_args)
+    assert op.reason_against(new, "cpu", torch.float64) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(version="3.5.1"), "it needs Triton >= 3.6, not 3.5.1"),
+        (dict(version="3.10.0+git1"), None),
+        (dict(gpu=False), "there is no NVIDIA GPU that torch can use"),
+        (dict(capability=(7, 5)), "it needs a GPU of sm_80 or newer, not sm_75"),
+        (dict(hip="6.2"), "it is written for NVIDIA's GPUs, not AMD's"),
+    ],
+    ids=str,
+)
+def test_why_triton_cannot_serve(changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    has = dict(version="3.6.0", gpu=True, capability=(8, 0), hip=None) | changes
+    monkeypatch.setattr(jit, "version", lambda: has["version"])
+    monkeypatch.setattr(jit, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", has["hip"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has["gpu"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: has["capability"])
+    assert jit.unavailable.__wrapped__() == reason
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it could not be found
+    assert "Triton >= 3.6 cannot be imported" in str(jit.unavailable.__wrapped__())
+
+
+def test_triton_is_not_imported_for_cpus() -> None:
+    script = """
+import sys, torch, fastseq
+x = torch.randn(2, 3, 8)
+fastseq.functional.scaled_dot_product_attention(x.half(), x.half(), x.half())
+assert "triton" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 def test_a_self_check_knows_nothing_of_the_callers_modes(fresh_cache) -> None:

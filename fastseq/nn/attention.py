@@ -216,8 +216,9 @@ class MultiheadAttention(Served, torch.nn.MultiheadAttention):
     """Drop-in for `torch.nn.MultiheadAttention`: the same arguments, parameters, results and errors on a fused kernel.
 
     What the kernel does not cover (see `why_torch`) takes torch's own path. Half precision is projected as it is, and
-    attends in float32. Batched output is contiguous, as [N, L, E] if batch_first, else as [L, N, E]; torch's strides
-    depend on its path. Dropout follows torch's default generator of the CPU, with other draws than torch's.
+    attends in float32 unless a kernel takes it as it is. Batched output is contiguous, as [N, L, E] if batch_first,
+    else as [L, N, E]; torch's strides depend on its path. Dropout follows torch's default generator of the CPU, with
+    other draws than torch's.
 
     Where torch contradicts itself:
 

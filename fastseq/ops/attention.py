@@ -31,7 +31,7 @@ class Arguments(NamedTuple):
     """What the op takes, beside which weights it shall return.
 
     Attributes:
-        query: [N, H, L, E], any strides, any floating dtype, which key and value have too; with `cu_seqlens_q`
+        query: [N, H, L, E], any strides, any floating dtype, which key and value have too; with `cu_seqlens_q` it is
             [1, H, all queries, E].
         key: [N, Hk, S, E], where H is a multiple of Hk; with `cu_seqlens_k` [1, Hk, all keys, E].
         value: [N, Hk, S, Ev]
@@ -71,8 +71,8 @@ class Outputs(NamedTuple):
 
     Attributes:
         out: [N, H, L, Ev], query's dtype, 0 where every key is left out.
-        lse: [N, H, L] log of the sum of exp(scores), before dropout; -inf where every key is left out. Query's dtype, or
-            float32 if that is half precision.
+        lse: [N, H, L] log of the sum of exp(scores), before dropout; -inf where every key is left out. Query's dtype,
+            or float32 if that is half precision.
         weights: what values are summed with, dropout included: [N, H, L, S], or their mean [N, L, S], or no elements.
             lse's dtype.
     """
@@ -299,7 +299,8 @@ def _backward_fake(_dout, _dlse, query, key, value, mask, *rest):  # type: ignor
     needs = rest[-1]
     nothing = query.new_empty(0)
     grads = [
-        empty_like_heads(t, *t.shape) if need else nothing for t, need in zip((query, key, value), needs[:3], strict=True)
+        empty_like_heads(t, *t.shape) if need else nothing
+        for t, need in zip((query, key, value), needs[:3], strict=True)
     ]
     return *grads, mask.new_empty(mask.shape) if needs[3] else nothing
 
@@ -685,7 +686,7 @@ def _four_dimensional(*tensors: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
 
 
 def _mask(mask: Tensor | None, lead: tuple[int, ...], *dtypes: torch.dtype) -> Tensor | None:
-    """The mask, boolean or of one of the dtypes, with four dimensions, of which those that it does not tell apart are 1."""
+    """The mask, boolean or of one of the dtypes, with four dimensions; those that it does not tell apart are 1."""
     if mask is None:
         return None
     if mask.dtype not in (torch.bool, *dtypes):
@@ -726,7 +727,7 @@ def widened(arguments: Arguments) -> Arguments:
     return Arguments(*wide)
 
 
-def rounding(exact: Tensor, dtype: torch.dtype, steps: int) -> dict[str, float]:
+def rounding(exact: Tensor, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     """Tolerances for what half precision makes of results: so many of its steps, those of the largest element at most.
 
     A kernel rounds weights and gradients of scores before it multiplies them. None for wider dtypes.

@@ -234,27 +234,29 @@ def _keeps(l, s, nh, seed_low, seed_high, problem, KEYS: tl.constexpr, QUERIES: 
         bits = tl.join(tl.join(first & 0xFFFF, second & 0xFFFF), tl.join(first >> 16, second >> 16))
         bits = tl.permute(bits, (2, 3, 0, 1) if DOWN else (0, 2, 3, 1))
     else:
-        tl.static_assert(KEYS == 32)
         word = tl.where(half >= 4, tl.where(half >= 6, w3, w2), tl.where(half >= 2, w1, w0))
-        bits = tl.join(word & 0xFFFF, word >> 16)
-        bits = tl.permute(bits, (2, 0, 1) if DOWN else (0, 2, 1))
+        if KEYS == 32:
+            bits = tl.join(word & 0xFFFF, word >> 16)
+            bits = tl.permute(bits, (2, 0, 1) if DOWN else (0, 2, 1))
+        else:
+            tl.static_assert(KEYS == 16)
+            bits = tl.where(half % 2 == 1, word >> 16, word & 0xFFFF)
     bits = tl.reshape(bits, (KEYS, QUERIES) if DOWN else (QUERIES, KEYS))
     return bits.to(tl.float32) >= problem.dropped
 
 
 @triton.jit
 def _add_tiles(
-    m, total, acc, q, p_key, p_value, begin, end, l, L, S, left, right, ahead, n, b, h, slope, seed_low, seed_high, problem,
-    BOUNDED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
+    m, total, acc, q, p_key, p_value, begin, end, l, L, S, left, right, ahead, n, b, h, slope, seed_low, seed_high,
+    problem, BOUNDED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Forward's loop over tiles of keys: the running maximum, sum and weighted values of a tile of queries."""
     for first in range(begin, end, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
         k = _load_rows(p_key, problem.at_key, first, S, BLOCK_S, problem.E, BLOCK_E)
         raw = _dot(q, tl.trans(k), problem)
-        x, seen, _ = _scores(
-            raw, l[:, None], s[None, :], L, S, left, right, ahead, b, h, slope, problem, BOUNDED
-        )
+        x, _, _ = _scores(raw, l[:, None], s[None, :], L, S, left, right, ahead, b, h, slope, problem, BOUNDED)
         highest = tl.maximum(m, tl.max(x, 1))
         base = tl.where(highest == -INF, 0.0, highest)
         weight = tl.exp2(x - base[:, None])
@@ -368,7 +370,7 @@ def _repair(
     l = first_l + tl.arange(0, BLOCK_L)
     row = (b * problem.H + h) * total_L + q_begin + l
     spoilt = tl.zeros((BLOCK_L,), tl.int32)
-    for part in range(0, parts):
+    for part in range(parts):
         spoilt += tl.load(p_spoilt + part * lse_of_part + row, mask=l < L, other=0).to(tl.int32)
     if tl.max(spoilt, 0) == 0:
         return
@@ -416,7 +418,9 @@ def _merge(
     total = tl.sum(share, 0)
     anything = total != 0
     there = (part < parts)[:, None] & (column < EV)[None, :]
-    rows = tl.load(p_parts + part[:, None].to(tl.int64) * out_of_part + row * EV + column[None, :], mask=there, other=0.0)
+    rows = tl.load(
+        p_parts + part[:, None].to(tl.int64) * out_of_part + row * EV + column[None, :], mask=there, other=0.0
+    )
     out = tl.sum(tl.where(share[:, None] > 0, rows * share[:, None], 0.0), 0) / tl.where(anything, total, 1.0)
     # A share that is NaN or spoilt is not hidden by the comparison above.
     out = tl.where(total == total, out, total)
@@ -440,9 +444,12 @@ def _weights(
     l, s = first_l + tl.arange(0, BLOCK_L), first_s + tl.arange(0, BLOCK_S)
     ahead = S - L if problem.BOTTOM_RIGHT else 0
     sums = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
-    for i in range(0, problem.H if AVERAGED else 1):
+    for i in range(problem.H if AVERAGED else 1):
         h = own_h + i
-        p_query, p_key = _head(problem.query, problem.at_query, b, h), _head(problem.key, problem.at_key, b, h // problem.GROUP)
+        p_query, p_key = (
+            _head(problem.query, problem.at_query, b, h),
+            _head(problem.key, problem.at_key, b, h // problem.GROUP),
+        )
         q = _load_rows(p_query, problem.at_query, first_l, L, BLOCK_L, problem.E, BLOCK_E)
         k = _load_rows(p_key, problem.at_key, first_s, S, BLOCK_S, problem.E, BLOCK_E)
         x, _, _ = _scores(
@@ -499,8 +506,8 @@ def _score_gradients(dweight, weight, delta, keeps, seen, steepness, problem, BO
 
 @triton.jit
 def _add_query_gradients(
-    dq, q, dout, lse, delta, p_key, p_value, begin, end, l, L, S, left, right, ahead, n, b, h, slope, seed_low, seed_high,
-    problem, BOUNDED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    dq, q, dout, lse, delta, p_key, p_value, begin, end, l, L, S, left, right, ahead, n, b, h, slope, seed_low,
+    seed_high, problem, BOUNDED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     for first in range(begin, end, BLOCK_S):
@@ -508,7 +515,19 @@ def _add_query_gradients(
         k = _load_rows(p_key, problem.at_key, first, S, BLOCK_S, problem.E, BLOCK_E)
         v = _load_rows(p_value, problem.at_value, first, S, BLOCK_S, problem.EV, BLOCK_V)
         x, seen, steepness = _scores(
-            _dot(q, tl.trans(k), problem), l[:, None], s[None, :], L, S, left, right, ahead, b, h, slope, problem, BOUNDED
+            _dot(q, tl.trans(k), problem),
+            l[:, None],
+            s[None, :],
+            L,
+            S,
+            left,
+            right,
+            ahead,
+            b,
+            h,
+            slope,
+            problem,
+            BOUNDED,
         )
         keeps = None
         if problem.DROPOUT:
@@ -591,7 +610,19 @@ def _add_key_gradients(
         lse = tl.load(p_lse + l, mask=l < L, other=0.0) * LOG2E
         delta = tl.load(p_delta + l, mask=l < L, other=0.0)
         x, seen, steepness = _scores(
-            _dot(k, tl.trans(q), problem), l[None, :], s[:, None], L, S, left, right, ahead, b, h, slope, problem, BOUNDED
+            _dot(k, tl.trans(q), problem),
+            l[None, :],
+            s[:, None],
+            L,
+            S,
+            left,
+            right,
+            ahead,
+            b,
+            h,
+            slope,
+            problem,
+            BOUNDED,
         )
         keeps = None
         if problem.DROPOUT:
@@ -628,11 +659,19 @@ def _key_gradients(
     # The queries that see a key: the bounds the other way round.
     queries = tl.where(first_s < _keys_there(problem, b, S), L, 0)
     c0, c1, c2, c3 = _span(
-        first_s, tl.minimum(first_s + BLOCK_S, S) - 1, -ahead, queries, right, left, problem.RIGHT, problem.LEFT, BLOCK_L
+        first_s,
+        tl.minimum(first_s + BLOCK_S, S) - 1,
+        -ahead,
+        queries,
+        right,
+        left,
+        problem.RIGHT,
+        problem.LEFT,
+        BLOCK_L,
     )
     dk = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
-    for i in range(0, problem.GROUP):
+    for i in range(problem.GROUP):
         h = own_h * problem.GROUP + i
         slope = _slope(problem, h)
         p_query = _head(problem.query, problem.at_query, b, h) + q_begin * problem.at_query[2]
@@ -640,23 +679,32 @@ def _key_gradients(
         row = (b * problem.H + h) * total_L + q_begin
         if problem.RIGHT:
             dk, dv = _add_key_gradients(
-                dk, dv, k, v, p_query, p_douts, at_dout, p_lse + row, p_delta + row, c0, c1, s, first_s, L, S, left, right,
-                ahead, n, b, h, slope, seed_low, seed_high, problem, True, BLOCK_L, BLOCK_S, BLOCK_E, BLOCK_V,
+                dk, dv, k, v, p_query, p_douts, at_dout, p_lse + row, p_delta + row, c0, c1, s, first_s, L, S, left,
+                right, ahead, n, b, h, slope, seed_low, seed_high, problem, True, BLOCK_L, BLOCK_S, BLOCK_E, BLOCK_V,
             )  # fmt: skip
+        # Past the last query there are zeros, which add nothing: that is no bound.
         dk, dv = _add_key_gradients(
-            dk, dv, k, v, p_query, p_douts, at_dout, p_lse + row, p_delta + row, c1, c2, s, first_s, L, S, left, right,
-            ahead, n, b, h, slope, seed_low, seed_high, problem, False, BLOCK_L, BLOCK_S, BLOCK_E, BLOCK_V,
+            dk, dv, k, v, p_query, p_douts, at_dout, p_lse + row, p_delta + row, c1, c2 if problem.LEFT else c3, s,
+            first_s, L, S, left, right, ahead, n, b, h, slope, seed_low, seed_high, problem, False, BLOCK_L, BLOCK_S,
+            BLOCK_E, BLOCK_V,
         )  # fmt: skip
-        dk, dv = _add_key_gradients(
-            dk, dv, k, v, p_query, p_douts, at_dout, p_lse + row, p_delta + row, c2, c3, s, first_s, L, S, left, right,
-            ahead, n, b, h, slope, seed_low, seed_high, problem, True, BLOCK_L, BLOCK_S, BLOCK_E, BLOCK_V,
-        )  # fmt: skip
+        if problem.LEFT:
+            dk, dv = _add_key_gradients(
+                dk, dv, k, v, p_query, p_douts, at_dout, p_lse + row, p_delta + row, c2, c3, s, first_s, L, S, left,
+                right, ahead, n, b, h, slope, seed_low, seed_high, problem, True, BLOCK_L, BLOCK_S, BLOCK_E, BLOCK_V,
+            )  # fmt: skip
     p, there = _rows(
         _head(p_dkey, at_dkey, b, own_h) + k_begin * at_dkey[2], at_dkey, first_s, S, BLOCK_S, problem.E, BLOCK_E
     )
     tl.store(p, (dk * problem.scale).to(p_dkey.dtype.element_ty), mask=there)
     p, there = _rows(
-        _head(p_dvalue, at_dvalue, b, own_h) + k_begin * at_dvalue[2], at_dvalue, first_s, S, BLOCK_S, problem.EV, BLOCK_V
+        _head(p_dvalue, at_dvalue, b, own_h) + k_begin * at_dvalue[2],
+        at_dvalue,
+        first_s,
+        S,
+        BLOCK_S,
+        problem.EV,
+        BLOCK_V,
     )
     tl.store(p, dv.to(p_dvalue.dtype.element_ty), mask=there)
 
@@ -701,13 +749,16 @@ def _mask_gradients(
         if problem.RIGHT:
             visible = visible & (first_s <= first_l + BLOCK_L - 1 + ahead + right)
         if visible:
-            p_query, p_key = _head(problem.query, problem.at_query, b, h), _head(problem.key, problem.at_key, b, h // problem.GROUP)
+            p_query, p_key = (
+                _head(problem.query, problem.at_query, b, h),
+                _head(problem.key, problem.at_key, b, h // problem.GROUP),
+            )
             p_value = _head(problem.value, problem.at_value, b, h // problem.GROUP)
             q = _load_rows(p_query, problem.at_query, first_l, L, BLOCK_L, problem.E, BLOCK_E)
             k = _load_rows(p_key, problem.at_key, first_s, S, BLOCK_S, problem.E, BLOCK_E)
             x, seen, _ = _scores(
-                _dot(q, tl.trans(k), problem), l[:, None], s[None, :], L, S, left, right, ahead, b, h, _slope(problem, h),
-                problem, True,
+                _dot(q, tl.trans(k), problem), l[:, None], s[None, :], L, S, left, right, ahead, b, h,
+                _slope(problem, h), problem, True,
             )  # fmt: skip
             row = (b * problem.H + h) * L + l
             lse = tl.load(p_lse + row, mask=l < L, other=0.0) * LOG2E
@@ -739,19 +790,32 @@ def _mask_gradients(
         tl.store(p_dmask, tl.sum(tl.sum(sums, 1), 0).to(dtype))
 
 
-# How many queries and keys a tile has, and the warps and pipeline stages, for heads of up to so many features: by bytes
-# of an element. From the sizes of registers and shared memory that `make gpu-aot` shows; not tuned on any GPU.
+# How many queries and keys a tile has, and the warps and pipeline stages, for heads of up to so many features: for half
+# precision and by the precision of products of float32. One choice for all, so that results do not change from run to
+# run. From registers, stack and shared memory as `make gpu-aot` shows them; not tuned on any GPU.
 FORWARD_TILES = {
-    2: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    4: {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
+    "half": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "tf32": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "ieee": {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
-BACKWARD_TILES = {
-    2: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-    4: {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+QUERY_TILES = {
+    "half": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+    "tf32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "ieee": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+}
+KEY_TILES = {
+    "half": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "tf32": {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 8, 1)},
+    "ieee": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+}
+REPAIR_TILES = {
+    "half": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "tf32": {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "ieee": {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 INTERPRETED_TILES = (32, 64, 4, 1)
-MOST_FEATURES = 256
-# Programs of a kernel that no longer wait for one another, on a GPU of the interpreter's.
+DELTA_ROWS = 64
+# How many programs the interpreter shall seem to run at once, so that splits are tested.
 INTERPRETED_PROCESSORS = 8
 # Below this many keys for each part, a split costs more than it gains.
 LEAST_SPLIT = 256
@@ -781,9 +845,15 @@ def _launch(table: dict, arguments: Arguments) -> Launch:
     tiles = INTERPRETED_TILES
     if not jit.is_interpreted():
         widest = max(_power(query.shape[3]), _power(value.shape[3]))
-        tiles = next(tiles for width, tiles in table[query.element_size()].items() if widest <= width)
+        kind = _precision() if query.dtype == torch.float32 else "half"
+        tiles = next(tiles for width, tiles in table[kind].items() if widest <= width)
     L, S, warps, stages = tiles
     return Launch(L, S, dict(BLOCK_L=L, BLOCK_S=S, num_warps=warps, num_stages=stages))
+
+
+def _precision() -> str:
+    """Of products of float32, as torch's flags say."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _processors(device: torch.device) -> int:
@@ -798,7 +868,6 @@ def _problem(arguments: Arguments) -> tuple[Problem, tuple[int, ...]]:
     H, L, E, S = *query.shape[1:], key.shape[2]
     bound = tl.constexpr
     expanded = None if mask is None else mask.expand(query.shape[0], H, L, S)
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     dropped = dropped_of(p) if seed is not None else 0
     problem = Problem(
         query,
@@ -829,7 +898,7 @@ def _problem(arguments: Arguments) -> tuple[Problem, tuple[int, ...]]:
         bound(bottom),
         bound(softcap > 0),
         bound(seed is not None and p > 0),
-        bound("tf32" if tf32 else "ieee"),
+        bound(_precision()),
     )
     drawn = 0 if seed is None else int(seed)
     seeds = [half - (half >> 31 << 32) for half in (drawn & 0xFFFFFFFF, drawn >> 32 & 0xFFFFFFFF)]
@@ -841,7 +910,9 @@ def _sequences(arguments: Arguments) -> tuple[int, int, int]:
     """How many sequences there are, and the most queries and keys that one has."""
     if arguments.cu_seqlens_q is None or arguments.cu_seqlens_k is None:
         return arguments.query.shape[0], arguments.query.shape[2], arguments.key.shape[2]
-    lengths = [int(ends.diff().max()) if len(ends) > 1 else 0 for ends in (arguments.cu_seqlens_q, arguments.cu_seqlens_k)]
+    lengths = [
+        int(ends.diff().max()) if len(ends) > 1 else 0 for ends in (arguments.cu_seqlens_q, arguments.cu_seqlens_k)
+    ]
     return len(arguments.cu_seqlens_q) - 1, lengths[0], lengths[1]
 
 
@@ -870,10 +941,9 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
             out_parts, lse_parts = (query.new_empty((parts, *t.shape), dtype=torch.float32) for t in (out, lse))
         hides = arguments.left >= 0 or arguments.right >= 0 or arguments.mask is not None
         spoilt = torch.empty_like(lse_parts, dtype=torch.int8) if hides else None
-        options = launch.with_features(problem)
         _forward[(programs * parts,)](
             problem, out_parts, out_parts.stride()[-4:], lse_parts, spoilt, *sizes, parts, blocks, lse.numel(),
-            out.numel(), SPLIT=parts > 1, **options,
+            out.numel(), SPLIT=parts > 1, **launch.with_features(problem),
         )  # fmt: skip
         if parts > 1:
             _merge[(N * H * L,)](
@@ -881,10 +951,14 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
                 PARTS=triton.next_power_of_2(parts), EV=EV, BLOCK_V=_power(EV),
             )  # fmt: skip
         if spoilt is not None:
-            _repair[(programs,)](
-                problem, out, out.stride(), lse, spoilt, *sizes, parts, blocks, lse.numel(), **options
-            )
+            launch = _launch(REPAIR_TILES, arguments)
+            blocks = triton.cdiv(longest, launch.L)
+            _repair[(blocks * count * H,)](
+                problem, out, out.stride(), lse, spoilt, *sizes, parts, blocks, lse.numel(),
+                **launch.with_features(problem),
+            )  # fmt: skip
     if weights.numel():
+        launch = _launch(QUERY_TILES, arguments)
         blocks_l, blocks_s = triton.cdiv(L, launch.L), triton.cdiv(S, launch.S)
         each = N if wanted == AVERAGE else N * H
         _weights[(each * blocks_l * blocks_s,)](
@@ -899,41 +973,53 @@ def backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tens
     *given, out, lse, needs = args
     arguments = Arguments(*given)
     query, key, value, mask = arguments[:4]
-    (N, H, L, E), S, EV = query.shape, key.shape[2], value.shape[3]
+    (N, H, L, _), EV = query.shape, value.shape[3]
     nothing = query.new_empty(0)
     grads = [
-        empty_like_heads(t, *t.shape) if need else nothing for t, need in zip((query, key, value), needs[:3], strict=True)
+        empty_like_heads(t, *t.shape) if need else nothing
+        for t, need in zip((query, key, value), needs[:3], strict=True)
     ]
     dmask = torch.empty_like(mask, memory_format=torch.contiguous_format) if needs[3] else nothing
     problem, sizes = _problem(arguments)
     count, longest, keys = _sequences(arguments)
-    launch = _launch(BACKWARD_TILES, arguments)
-    options = launch.with_features(problem)
     delta = query.new_empty((N, H, L), dtype=torch.float32)
     if delta.numel():
-        blocks = triton.cdiv(L, launch.L)
+        blocks = triton.cdiv(L, DELTA_ROWS)
         _deltas[(N * H * blocks,)](
             dout, None if dout is None else dout.stride(), out, out.stride(), dlse,
             None if dlse is None else dlse.stride(), delta, H, L, blocks,
-            EV=EV, BLOCK_L=launch.L, BLOCK_V=options["BLOCK_V"],
+            EV=EV, BLOCK_L=DELTA_ROWS, BLOCK_V=_power(EV),
         )  # fmt: skip
     if dout is None:
         dout = query.new_zeros(()).expand_as(out)
     shared = (dout, dout.stride(), lse, delta)
     if grads[0].numel():
+        launch = _launch(QUERY_TILES, arguments)
         blocks = triton.cdiv(longest, launch.L)
         _query_gradients[(count * H * blocks,)](
-            problem, *shared, grads[0], grads[0].stride(), *sizes, blocks, **options
+            problem, *shared, grads[0], grads[0].stride(), *sizes, blocks, **launch.with_features(problem)
         )
     if grads[1].numel() or grads[2].numel():
         # Both are made, whoever asks for one: it saves a kernel of its own, and costs little.
-        dkey, dvalue = (g if need else empty_like_heads(t, *t.shape) for g, t, need in zip(grads[1:], (key, value), needs[1:3], strict=True))
+        dkey, dvalue = (
+            g if need else empty_like_heads(t, *t.shape)
+            for g, t, need in zip(grads[1:], (key, value), needs[1:3], strict=True)
+        )
+        launch = _launch(KEY_TILES, arguments)
         blocks = triton.cdiv(keys, launch.S)
         _key_gradients[(count * key.shape[1] * blocks,)](
-            problem, *shared, dkey, dkey.stride(), dvalue, dvalue.stride(), *sizes, blocks, **options
+            problem,
+            *shared,
+            dkey,
+            dkey.stride(),
+            dvalue,
+            dvalue.stride(),
+            *sizes,
+            blocks,
+            **launch.with_features(problem),
         )
     if dmask.numel():
-        dmask = _mask_gradient(dmask, arguments, problem, shared, sizes, launch)
+        dmask = _mask_gradient(dmask, arguments, problem, shared, sizes, _launch(QUERY_TILES, arguments))
     return grads[0], grads[1], grads[2], dmask
 
 
@@ -973,6 +1059,18 @@ def _training(case: Case, wanted: int = NO_WEIGHTS) -> Callable[[torch.dtype], A
     return run
 
 
+def _with_tf32(run: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any]:
+    def run_with_tf32(dtype: torch.dtype) -> None:
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            run(dtype)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+    return run_with_tf32
+
+
 # What is compiled ahead of time and looked at without a GPU (tests/aot.py): the main configurations first, then one of
 # each feature. Of sizes only their divisibility by 16 counts.
 AOT = {
@@ -982,8 +1080,12 @@ AOT = {
     "learned bias 64": _training(Case(1, 8, 512, 512, 64, mask="float hls")),
     "causal 128, groups": _training(Case(1, 8, 512, 512, 128, Hk=2, right=0)),
     "causal 256": _training(Case(1, 8, 512, 512, 256, right=0)),
-    "window, softcap, slopes, varlen 96": _training(Case(1, 8, 512, 512, 96, left=64, right=0, softcap=9.0, slopes=True, varlen=True)),
+    "window, softcap, slopes, varlen 96": _training(
+        Case(1, 8, 512, 512, 96, left=64, right=0, softcap=9.0, slopes=True, varlen=True)
+    ),
     "boolean mask, weights 80": _training(Case(1, 8, 512, 512, 80, mask="bool ns"), AVERAGE),
     "decoding 128": _training(Case(1, 1, 1, 4096, 128, right=0, bottom_right=True)),
+    "causal 64, TF32": _with_tf32(_training(Case(1, 8, 512, 512, 64, right=0))),
+    "128, TF32": _with_tf32(_training(Case(1, 8, 512, 512, 128))),
     "33, 17": _training(Case(1, 8, 100, 100, 33, Ev=17)),
 }
