@@ -24,4 +24,4 @@ def step_back(dh, dc, r, z, n, u, h_before, after):
 
 CELL = Cell("gru", gates=3, tape=4, has_cell=False, carries=True, inner_bias=True, step=step, step_back=step_back)
 forward, backward = recurrent.implementation(CELL)
-AOT = recurrent.AheadOfTimeList(CELL)
+AOT = recurrent.ahead_of_time(CELL)

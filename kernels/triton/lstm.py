@@ -25,4 +25,4 @@ def step_back(dh, dc, i, f, g, o, c_before, c):
 
 CELL = Cell("lstm", gates=4, tape=4, has_cell=True, carries=True, inner_bias=False, step=step, step_back=step_back)
 forward, backward = recurrent.implementation(CELL)
-AOT = recurrent.AheadOfTimeList(CELL)
+AOT = recurrent.ahead_of_time(CELL)

@@ -18,7 +18,7 @@ sums are float32 whatever the tensors' dtype.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,10 @@ from torch import Tensor
 
 from fastseq.kernels.triton.graphs import Launch, run
 from fastseq.kernels.triton.recurrent_plan import Chip, Plan, Product, plan, stepwise
+
+
+# The interpreter would multiply the bits of bfloat16.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -71,7 +75,8 @@ def _chunk(p, ok, c, K: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr
     if not FULL:
         mask = mask & (k < K)
     # What the weights multiply may have been written by another program since this one last read there: not from L1.
-    return tl.load(p + k, mask=mask, other=0.0, cache_modifier="" if WEIGHTS else ".cg")
+    chunk = tl.load(p + k, mask=mask, other=0.0, cache_modifier="" if WEIGHTS else ".cg")
+    return chunk.to(tl.float32) if _INTERPRETED else chunk
 
 
 @triton.jit
@@ -872,117 +877,46 @@ def implementation(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return functools.partial(_forward, cell, Runtime()), functools.partial(_backward, cell, Runtime())
 
 
-class AheadOfTime(NamedTuple):
-    """One specialisation of a kernel, to be compiled without a GPU and looked at."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    asserted: tuple[str, ...]  # "dot": tensor cores are used; "no spills": of registers; that shared memory suffices
-    attrs: dict[tuple[int, ...], Any]  # pointers are aligned to 16 bytes
-    options: dict[str, Any]  # more of Triton's
-    capability: int
-    name: str
-
-
-# Multiprocessors and shared memory of the A100, H100 and B200, by compute capability.
+# The A100, H100 and B200, by compute capability.
 CHIPS = {80: Chip(108, 163 << 10, 80), 90: Chip(132, 227 << 10, 90), 100: Chip(148, 227 << 10, 100)}
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*i8",
-}
 
+def ahead_of_time(cell: Cell) -> dict[str, Callable[..., None]]:
+    """What is compiled and looked at without a GPU: by the name of a configuration a function of a dtype, and of the
+    compute capability to plan for, that calls the op's host code on tensors without memory and launches each kernel
+    once, for whoever catches the launches.
 
-class AheadOfTimeList(Sequence[AheadOfTime]):
-    """The specialisations that a cell's main sizes run on the known chips, found when first looked at.
-
-    They are what the op itself would launch, for tensors without memory: H of 256 to 1024, B of 1 to 64, bfloat16 and
-    float32 as TF32; and once each what those leave out.
+    The sizes that are to be fast come first; then one of each feature.
     """
 
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
+    def configuration(H: int, B: int, P: int = 0, precision: str = "tf32", full: bool = False):  # type: ignore[no-untyped-def]
+        def training(dtype: torch.dtype, capability: int = 80) -> None:
+            def once(launches: list[Launch], steps: int, device: torch.device) -> None:
+                for launch in launches:
+                    launch(0)
 
-    def __len__(self) -> int:
-        return len(self._found)
+            def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+                return torch.empty(shape, dtype=of, device="meta")
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._found[index]
+            T, D = 512, 2 if full else 1
+            runtime = Runtime(lambda _: CHIPS[capability], lambda _: precision, once)
+            shapes = [(cell.gates * H, H), (cell.gates * H, P or H), (cell.gates * H,), (cell.gates * H,)]
+            weights = [empty(*shape) for shape in [*shapes, *([(P, H)] if P else [])]] * D
+            h, c = empty(D, B, P or H), empty(D, B, H) if cell.has_cell else None
+            inputs = (empty(T, B, H), h, c, weights, full)
+            options = (empty(B, of=torch.int64), empty(T, B, of=torch.bool), h, c) if full else (None,) * 4
+            y, _, _, gates, cells = _forward(cell, runtime, *inputs, True, False, None, *options)
+            needs = [True] * (5 + len(weights))
+            _backward(cell, runtime, y, h, c, None, *inputs, None, *options, y, gates, cells, needs)
 
-    @functools.cached_property
-    def _found(self) -> list[AheadOfTime]:
-        found: dict[Any, AheadOfTime] = {}
-        for capability in CHIPS:
-            for dtype in (torch.bfloat16, torch.float32):
-                for H in (256, 512, 768, 1024):
-                    for B in (1, 16, 64):
-                        self._add(found, capability, dtype, H, B)
-            self._add(found, capability, torch.float16, 512, 16)
-            self._add(found, capability, torch.bfloat16, 4096, 16)
-            self._add(found, capability, torch.bfloat16, 200, 3, options=True)
-            self._add(found, capability, torch.float32, 512, 16, precision="ieee")
-            if self.cell.has_cell:
-                self._add(found, capability, torch.bfloat16, 512, 16, P=128)
-        return list(found.values())
+        return training
 
-    def _add(
-        self,
-        found: dict[Any, AheadOfTime],
-        capability: int,
-        dtype: torch.dtype,
-        H: int,
-        B: int,
-        P: int = 0,
-        options: bool = False,
-        precision: str = "tf32",
-    ) -> None:
-        cell, T, D, I = self.cell, 512, 2 if options else 1, H
-        made: list[Launch] = []
-        runtime = Runtime(lambda _: CHIPS[capability], lambda _: precision, lambda launches, *_: made.extend(launches))
-
-        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=of, device="meta")
-
-        shapes = [(cell.gates * H, I), (cell.gates * H, P or H), (cell.gates * H,), (cell.gates * H,)]
-        weights = [empty(*shape) for shape in [*shapes, *([(P, H)] if P else [])]] * D
-        h, c = empty(D, B, P or H), empty(D, B, H) if cell.has_cell else None
-        lengths = torch.empty(B, dtype=torch.int64, device="meta") if options else None
-        rest = (lengths, empty(T, B, of=torch.bool), h, c) if options else (None,) * 4
-        inputs = (empty(T, B, I), h, c, weights, D == 2)
-        y, _, _, gates, cells = _forward(cell, runtime, *inputs, True, False, None, *rest)
-        needs = [True] * (5 + len(weights))
-        _backward(cell, runtime, y, h, c, None, *inputs, None, *rest, y, gates, cells, needs)
-        size = f"{str(dtype).removeprefix('torch.')}{'-ieee' * (precision == 'ieee')} H{H} B{B}{f' P{P}' if P else ''}"
-        for launch in made:
-            entry = _entry(launch, capability, f"{cell.name} {size}{' options' * options} sm_{capability}")
-            found.setdefault((launch.kernel, capability, str(entry.signature), str(entry.constexprs)), entry)
-
-
-def _entry(launch: Launch, capability: int, size: str) -> AheadOfTime:
-    arguments = {**launch.arguments, "first": 0}
-    signature, constexprs, attrs = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
-        value = arguments.pop(parameter.name)
-        if isinstance(value, Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-            attrs[(place,)] = [["tt.divisibility", 16]]
-        elif value is None or parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constexprs[parameter.name] = value
-        else:
-            signature[parameter.name] = "i32"
-    warps, stages = arguments.pop("num_warps"), arguments.pop("num_stages")
-    form = "persistent" if constexprs.get("RESIDENT") else "stepwise"
-    exact = constexprs["PRECISION"] == "ieee"  # a main configuration is one with tensor cores
-    asserted = () if exact else ("dot", "no spills")
-    name = f"{launch.kernel.__name__.removesuffix('_kernel')} {form} {size}"
-    return AheadOfTime(
-        launch.kernel, signature, constexprs, warps, stages, asserted, attrs, arguments, capability, name
-    )
+    main = {f"H={H}, B={B}": configuration(H, B) for B in (16, 64) for H in (512, 1024, 256, 768)}
+    return {
+        **main,
+        "H=512, B=1, both directions, lengths, resets": configuration(512, 1, full=True),
+        "H=200, B=3, both directions, lengths, resets": configuration(200, 3, full=True),
+        "H=4096, B=64": configuration(4096, 64),
+        "H=512, B=16, float32 without TF32": configuration(512, 16, precision="ieee"),
+        **({"H=512, B=16, P=128": configuration(512, 16, P=128)} if cell.has_cell else {}),
+    }

@@ -24,4 +24,4 @@ CELL = Cell(
     "rnn_relu", gates=1, tape=0, has_cell=False, carries=False, inner_bias=False, step=step, step_back=step_back
 )
 forward, backward = recurrent.implementation(CELL)
-AOT = recurrent.AheadOfTimeList(CELL)
+AOT = recurrent.ahead_of_time(CELL)
