@@ -26,7 +26,8 @@ class Arguments(NamedTuple):
         weights: for each direction w_ih [G*H, I], w_hh [G*H, P], if there are biases b_ih [G*H] and b_hh [G*H], and
             w_hr [P, H]
             if there is a projection (LSTM only). Gates are in torch's order: LSTM (G=4) i, f, g, o; GRU (G=3) r, z, n.
-            They have x's dtype; where no graph is recorded they may all be bfloat16 or float16 beside a float32 x.
+            They have x's dtype, any floating one; where no graph is recorded they may all be bfloat16 or float16 beside
+            a float32 x.
         bidirectional: whether there are two directions, D.
         batch_sizes: [T] int64 on the CPU, as in `torch.nn.utils.rnn.PackedSequence`: how many rows run at each step.
         lengths: [B] int64 on the CPU, how many steps each row has; what is past them is not read, and y and cells are
@@ -199,6 +200,12 @@ class Recurrent:
                         dtypes=FLOATS,
                         verified=frozenset({"avx2", "portable"}),
                     ),
+                    Impl(
+                        "triton",
+                        f"fastseq.kernels.triton.{name}",
+                        devices=frozenset({"cuda"}),
+                        dtypes=HALF | {torch.float32},
+                    ),
                     Impl("reference", reference.__name__),
                 ],
                 self._self_check,
@@ -340,7 +347,7 @@ class Recurrent:
                     arguments = arguments._replace(weights=[w.to(stored) for w in arguments.weights])
                     outputs, expected = (k.forward(*arguments.saving(False)) for k in (kernel, self.reference))
                     for got, want in zip(outputs, expected, strict=True):
-                        torch.testing.assert_close(got, want)
+                        torch.testing.assert_close(got, want, **_rounding(want, device, dtype))
         for case in SELF_CHECK_CASES:
             arguments = case.arguments(self, device, dtype)
             wide = widened(arguments)
@@ -350,17 +357,18 @@ class Recurrent:
             for name, got, want in zip(Outputs._fields, outputs, expected, strict=True):
                 if name == "gates" and places is not None and got.numel():
                     got, want = got[:, places], want[:, places]  # nobody reads the tape past a row's end
-                torch.testing.assert_close(got, want.to(dtype))
+                torch.testing.assert_close(got, want.to(dtype), **_rounding(want, device, dtype))
             wide_grads = grads_like(expected)
             grads = [None if g is None else g.to(dtype) for g in wide_grads]
             needs = [True] * (5 + len(arguments.weights))
             ours = kernel.backward(*grads, *arguments, outputs.y, outputs.gates, outputs.cells, needs)
-            theirs = self.reference.backward(*wide_grads, *wide, expected.y, expected.gates, expected.cells, needs)
+            # From the same tape, so that a ReLU that rounding has shut or opened is so for both.
+            tape = (t.double() for t in (outputs.y, outputs.gates, outputs.cells))
+            theirs = self.reference.backward(*wide_grads, *wide, *tape, needs)
             for got, want in zip([*ours[:5], *ours[5]], [*theirs[:5], *theirs[5]], strict=True):
                 # A gradient sums T*B terms, which the kernels add in another order than the reference.
-                torch.testing.assert_close(
-                    got.to(want.dtype), want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7
-                )
+                tolerance = dict(rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
+                torch.testing.assert_close(got.to(want.dtype), want, **(_rounding(want, device, dtype) or tolerance))
 
     # The bodies of the ops have no annotations: torch.library would read schemas from them.
 
@@ -473,6 +481,18 @@ def widened(arguments: Arguments) -> Arguments:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return Arguments(*(wide(value) for value in arguments))
+
+
+def _rounding(exact: Tensor, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Tolerances for what half precision, or float32 multiplied as TF32, makes of results: some of its steps, those of
+    the largest element at most. None for what is computed exactly.
+    """
+    eps = torch.finfo(dtype).eps
+    if device == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        eps = torch.finfo(torch.float16).eps  # as many digits
+    elif dtype not in HALF:
+        return {}
+    return dict(rtol=8 * eps, atol=8 * eps * max(1.0, exact.abs().max().item() if exact.numel() else 0.0))
 
 
 def running(arguments: Arguments) -> Tensor | None:
