@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,19 +40,17 @@ def run(launches: list[Launch], steps: int, device: torch.device) -> None:
     Nothing can be stale in it: a graph consists of nothing but the addresses and numbers that are its key, and the
     caller holds the tensors that are there now. Where the caller captures a graph, the launches become part of that.
     """
-    graph = None
-    if (
-        device.type == "cuda"
-        and steps * len(launches) >= _MIN_LAUNCHES
-        and not torch.cuda.is_current_stream_capturing()
-    ):
-        graph = _graph(launches, steps, device)
-    if graph is not None:
-        graph.replay()
-        return
-    for step in range(steps):
-        for launch in launches:
-            launch(step)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
+        graph = None
+        long = device.type == "cuda" and steps * len(launches) >= _MIN_LAUNCHES
+        if long and not torch.cuda.is_current_stream_capturing():
+            graph = _graph(launches, steps, device)
+        if graph is not None:
+            graph.replay()
+            return
+        for step in range(steps):
+            for launch in launches:
+                launch(step)
 
 
 def _graph(launches: list[Launch], steps: int, device: torch.device) -> "torch.cuda.CUDAGraph | None":

@@ -87,10 +87,10 @@ def persistent(of: Product, units: int, rows: int, chip: Chip) -> Plan | None:
         return None  # they would spill registers on their way to shared memory
     for ahead in range(max(2, in_flight * warps * 128 // vectors) - 1, 0, -1):
         if weights + (ahead + 1) * vectors + 8192 <= chip.shared:
-            # Left alone, the compiler stops at 128 registers for some of the smaller float32 tiles, and spills.
-            small = (units == 8 if split > 1 else weights <= 64 << 10) and of.size == 4 and not of.exact
-            limit = 224 if small else None
-            return Plan(True, units, rows, k, split, min(ahead, count - 1), warps, 1, limit)
+            # Left alone, the compiler stops at 128 registers for some of the smaller tiles, and spills.
+            small = (units == 8 if split > 1 else weights <= 64 << 10) and of.size == 4
+            limit = 224 if small else 255 if split == 1 and tall < 64 and chip.capability < 100 else None
+            return Plan(True, units, rows, k, split, min(ahead, count - 1), warps, 1, None if of.exact else limit)
     return None
 
 
