@@ -29,7 +29,6 @@ from torch import Tensor
 from fastseq.kernels.triton.graphs import Launch, run
 from fastseq.kernels.triton.recurrent_plan import Chip, Plan, Product, plan, stepwise
 
-
 # The interpreter would multiply the bits of bfloat16.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
