@@ -1,7 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there and shows what came of them: `python tests/aot.py --help`.
 
-A module of `fastseq.kernels.triton` that has `AOT`, functions of a dtype by the names of configurations, takes part.
-The functions call the module's own host code; launches are caught and compiled instead of run.
+A module of `fastseq.kernels.triton` that has `AOT`, functions of a dtype and a compute capability by the names of
+configurations, takes part. The functions call the module's own host code; launches are caught and compiled instead of
+run.
 """
 
 import importlib
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
 
-import fastseq.kernels.triton
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, mangle_type
+
+import fastseq.kernels.triton
 
 # Bytes of shared memory that one program may have (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -145,7 +147,7 @@ def configurations(module: str) -> dict[str, Any]:
 def build(module: str, configuration: str, dtype: str, capability: int) -> list[Artefact]:
     """Compiles each kernel that a configuration launches, once."""
     with recorded() as launches:
-        configurations(module)[configuration](DTYPES[dtype])
+        configurations(module)[configuration](DTYPES[dtype], capability)
     return [compiled(launch, capability, module, configuration, dtype) for launch in launches]
 
 

@@ -43,7 +43,7 @@ def test_what_is_compiled_is_what_a_launch_compiles() -> None:
     backend = make_backend(GPUTarget("cuda", 90, 32))
     for configuration in aot.configurations("attention").values():
         with aot.recorded() as launches:
-            configuration(torch.bfloat16)
+            configuration(torch.bfloat16, 90)
         for launch in launches:
             kernel, source = launch.kernel, aot.source_of(launch)
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)

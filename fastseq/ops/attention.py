@@ -19,6 +19,7 @@ from fastseq.ops.contract import (
     is_transformed,
     needs_graph,
     requested,
+    rounding,
     why_torch,
 )
 from fastseq.reference import attention as reference
@@ -202,6 +203,7 @@ CASES = [
 
 def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
     """Outputs and gradients of the small cases against the reference in float64."""
+    tf32 = device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     for case in SELF_CHECK_CASES:
         arguments = case.arguments(device, dtype)
         wide = widened(arguments)
@@ -209,7 +211,7 @@ def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
             outputs = kernel.forward(*arguments, weights)
             expected = reference.forward(*wide, weights)
             for got, want in zip(outputs, expected, strict=True):
-                torch.testing.assert_close(got, want.to(got.dtype), **rounding(want, got.dtype, 2))
+                torch.testing.assert_close(got, want.to(got.dtype), **rounding(want, got.dtype, 2, tf32))
         grads = grads_like(Outputs(*expected))
         needs = [True, True, True, wide.mask is not None and wide.mask.is_floating_point()]
         sent = [g.to(o.dtype) for g, o in zip(grads, outputs[:2], strict=True)]
@@ -219,7 +221,7 @@ def _self_check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
         for got, want in zip(ours, theirs, strict=True):
             # A gradient sums up to N*H*L terms, which the kernels add in another order than the reference.
             tolerance = dict(rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
-            torch.testing.assert_close(got, want.to(got.dtype), **(rounding(want, got.dtype, 4) or tolerance))
+            torch.testing.assert_close(got, want.to(got.dtype), **(rounding(want, got.dtype, 4, tf32) or tolerance))
 
 
 def _needs_width(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> str | None:
@@ -725,18 +727,6 @@ def widened(arguments: Arguments) -> Arguments:
     """The same arguments in float64."""
     wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
     return Arguments(*wide)
-
-
-def rounding(exact: Tensor, dtype: torch.dtype, steps: int) -> dict[str, Any]:
-    """Tolerances for what half precision makes of results: so many of its steps, those of the largest element at most.
-
-    A kernel rounds weights and gradients of scores before it multiplies them. None for wider dtypes.
-    """
-    if dtype not in HALF:
-        return {}
-    eps = torch.finfo(dtype).eps
-    finite = exact[exact.isfinite()]
-    return dict(rtol=steps * eps, atol=steps * eps * max(1.0, finite.abs().max().item() if finite.numel() else 0.0))
 
 
 def grads_like(outputs: Outputs) -> list[Any]:

@@ -3,13 +3,14 @@ helpers for their autograd.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq.dynamo import assume_constant_result
-from fastseq.registry import OPS, Op, requested_backend
+from fastseq.registry import HALF, OPS, Op, requested_backend
 
 # The schemas live in Python, so that the ops exist where the extension does not.
 LIBRARY = torch.library.Library("fastseq", "DEF")
@@ -101,3 +102,14 @@ def grads_or_none(
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
+
+
+def rounding(exact: Tensor, dtype: torch.dtype, steps: int, tf32: bool = False) -> dict[str, Any]:
+    """Tolerances for what half precision, or float32 multiplied as TF32, makes of results: so many of its steps, those
+    of the largest element at most. None for what is computed exactly.
+    """
+    if dtype not in HALF and not (tf32 and dtype == torch.float32):
+        return {}
+    eps = steps * torch.finfo(dtype if dtype in HALF else torch.float16).eps  # TF32 has as many digits as float16
+    finite = exact[exact.isfinite()]
+    return dict(rtol=eps, atol=eps * max(1.0, finite.abs().max().item() if finite.numel() else 0.0))

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq.ops.contract import LIBRARY, below_autograd, grads_or_none, is_plain, is_transformed, needs_graph
+from fastseq.ops.contract import (
+    LIBRARY,
+    below_autograd,
+    grads_or_none,
+    is_plain,
+    is_transformed,
+    needs_graph,
+    rounding,
+)
 from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
 
 
@@ -26,7 +34,8 @@ class Arguments(NamedTuple):
         weights: for each direction w_ih [G*H, I], w_hh [G*H, P], if there are biases b_ih [G*H] and b_hh [G*H], and
             w_hr [P, H]
             if there is a projection (LSTM only). Gates are in torch's order: LSTM (G=4) i, f, g, o; GRU (G=3) r, z, n.
-            They have x's dtype; where no graph is recorded they may all be bfloat16 or float16 beside a float32 x.
+            They have x's dtype, any floating one; where no graph is recorded they may all be bfloat16 or float16 beside
+            a float32 x.
         bidirectional: whether there are two directions, D.
         batch_sizes: [T] int64 on the CPU, as in `torch.nn.utils.rnn.PackedSequence`: how many rows run at each step.
         lengths: [B] int64 on the CPU, how many steps each row has; what is past them is not read, and y and cells are
@@ -199,6 +208,12 @@ class Recurrent:
                         dtypes=FLOATS,
                         verified=frozenset({"avx2", "avx512", "portable"}),
                     ),
+                    Impl(
+                        "triton",
+                        f"fastseq.kernels.triton.{name}",
+                        devices=frozenset({"cuda"}),
+                        dtypes=HALF | {torch.float32},
+                    ),
                     Impl("reference", reference.__name__),
                 ],
                 self._self_check,
@@ -333,6 +348,7 @@ class Recurrent:
 
     def _self_check(self, kernel: Kernel, device: str, dtype: torch.dtype) -> None:
         """Outputs, tape and gradients of the small cases against the reference in float64."""
+        tf32 = device == "cuda" and allows_tf32()
         if dtype == torch.float32:
             for stored in (torch.bfloat16, torch.float16):
                 for case in SELF_CHECK_CASES[:4:3]:  # with weights as they are, and packed
@@ -340,7 +356,7 @@ class Recurrent:
                     arguments = arguments._replace(weights=[w.to(stored) for w in arguments.weights])
                     outputs, expected = (k.forward(*arguments.saving(False)) for k in (kernel, self.reference))
                     for got, want in zip(outputs, expected, strict=True):
-                        torch.testing.assert_close(got, want)
+                        torch.testing.assert_close(got, want, **rounding(want, dtype, 8, tf32))
         for case in SELF_CHECK_CASES:
             arguments = case.arguments(self, device, dtype)
             wide = widened(arguments)
@@ -350,17 +366,18 @@ class Recurrent:
             for name, got, want in zip(Outputs._fields, outputs, expected, strict=True):
                 if name == "gates" and places is not None and got.numel():
                     got, want = got[:, places], want[:, places]  # nobody reads the tape past a row's end
-                torch.testing.assert_close(got, want.to(dtype))
+                torch.testing.assert_close(got, want.to(dtype), **rounding(want, dtype, 8, tf32))
             wide_grads = grads_like(expected)
             grads = [None if g is None else g.to(dtype) for g in wide_grads]
             needs = [True] * (5 + len(arguments.weights))
             ours = kernel.backward(*grads, *arguments, outputs.y, outputs.gates, outputs.cells, needs)
-            theirs = self.reference.backward(*wide_grads, *wide, expected.y, expected.gates, expected.cells, needs)
+            # From the same tape, so that a ReLU that rounding has shut or opened is so for both.
+            tape = (t.double() for t in (outputs.y, outputs.gates, outputs.cells))
+            theirs = self.reference.backward(*wide_grads, *wide, *tape, needs)
             for got, want in zip([*ours[:5], *ours[5]], [*theirs[:5], *theirs[5]], strict=True):
                 # A gradient sums T*B terms, which the kernels add in another order than the reference.
-                torch.testing.assert_close(
-                    got.to(want.dtype), want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7
-                )
+                tolerance = dict(rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-7)
+                torch.testing.assert_close(got.to(want.dtype), want, **(rounding(want, dtype, 8, tf32) or tolerance))
 
     # The bodies of the ops have no annotations: torch.library would read schemas from them.
 
@@ -473,6 +490,11 @@ def widened(arguments: Arguments) -> Arguments:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return Arguments(*(wide(value) for value in arguments))
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own layers may multiply float32 as TF32 on a GPU, which they do unless told otherwise."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def running(arguments: Arguments) -> Tensor | None:

@@ -1047,10 +1047,13 @@ def _mask_gradient(
     return dmask if parts == 1 else sums.sum(0).to(dmask.dtype)
 
 
-def _training(case: Case, wanted: int = NO_WEIGHTS) -> Callable[[torch.dtype], Any]:
+Configuration = Callable[[torch.dtype, int], None]  # of a dtype and a compute capability, which tiles do not depend on
+
+
+def _training(case: Case, wanted: int = NO_WEIGHTS) -> Configuration:
     """Launches all kernels of a case, forward and backward."""
 
-    def run(dtype: torch.dtype) -> None:
+    def run(dtype: torch.dtype, _capability: int) -> None:
         arguments = case.arguments("cpu", dtype)
         out, lse, _ = forward(*arguments, wanted)
         learned = arguments.mask is not None and arguments.mask.is_floating_point()
@@ -1059,12 +1062,12 @@ def _training(case: Case, wanted: int = NO_WEIGHTS) -> Callable[[torch.dtype], A
     return run
 
 
-def _with_tf32(run: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any]:
-    def run_with_tf32(dtype: torch.dtype) -> None:
+def _with_tf32(run: Configuration) -> Configuration:
+    def run_with_tf32(dtype: torch.dtype, capability: int) -> None:
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         try:
-            run(dtype)
+            run(dtype, capability)
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
 

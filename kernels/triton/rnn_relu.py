@@ -1,0 +1,27 @@
+"""The step of Elman's RNN with ReLU for the Triton kernels; the formulas are in `fastseq.reference.rnn_relu`."""
+
+import triton
+import triton.language as tl
+
+from fastseq.kernels.triton import recurrent
+from fastseq.kernels.triton.recurrent import Cell
+
+
+@triton.jit
+def step(x0, x1, x2, x3, h0, h1, h2, h3, carry):
+    a = x0 + h0
+    h = tl.where(a < 0.0, 0.0, a)  # NaN stays, as in torch
+    return h, h, h, h, h, h
+
+
+@triton.jit
+def step_back(dh, dc, g0, g1, g2, g3, before, h):
+    da = tl.where(h <= 0.0, 0.0, dh)
+    return da, da, da, da, tl.zeros_like(dh), tl.zeros_like(dc)
+
+
+CELL = Cell(
+    "rnn_relu", gates=1, tape=0, has_cell=False, carries=False, inner_bias=False, step=step, step_back=step_back
+)
+forward, backward = recurrent.implementation(CELL)
+AOT = recurrent.ahead_of_time(CELL)
