@@ -214,3 +214,10 @@ def test_fx_traces_what_goes_beyond_torch() -> None:
         require(LSTM, LSTM.impls[0], "cpu", torch.float32)
     model, inputs = Model(), (torch.randn(5, 3, 8), torch.tensor([5, 2, 3]))
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(*inputs), model(*inputs))
+
+
+def test_cells_are_left_to_torch_off_the_cpu() -> None:
+    """Where torch's are fused, and one step is too short to gain."""
+    for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
+        row = fastseq.explain(fastseq.accelerate(kind(4, 5, device="meta"))).rows[0]
+        assert row.served_by == "torch" and "fused" in row.note

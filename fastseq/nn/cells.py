@@ -33,7 +33,8 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
             node = self._node(x, hx)
             return torch_forward(torchs_forward, type(self).__name__, None, x, hx) if node is None else node
         low = autocast_dtype(x)
-        if low is None and x.dtype in FLOATS and self._is_small(x) and requested() is None:
+        is_small = low is None and x.dtype in FLOATS and self._is_small(x)
+        if (is_small or x.device.type != "cpu") and requested() is None:
             return torchs_forward(x, hx)
         weights = self._weights(_WEIGHTS if self.bias else _WEIGHTS[:2])
         if not torch.compiler.is_compiling() and (result := self._at_once(op, x, hx, weights)) is not None:
@@ -74,6 +75,11 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
         if outputs is None:
             return None
         return (outputs[1][0], outputs[2][0]) if op.has_cell else outputs[1][0]
+
+    def why_torch(self) -> str | None:
+        if next(self.parameters()).device.type != "cpu" and requested() is None:
+            return "torch's own cells are fused there"
+        return super().why_torch()
 
     def _is_small(self, x: Tensor) -> bool:
         """Whether torch is ahead: its cells are C++ from the first line; ours starts to pay where weights are large.
