@@ -8,7 +8,7 @@ not be taken away safely while other threads call the op.)
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import NoneType
 from typing import Any
@@ -53,7 +53,8 @@ def routed_attention() -> Iterator[None]:
     finally:
         with _lock:
             _ask(-1)
-        _here.reset(token)
+        with suppress(ValueError):  # a generator may be closed in another context, whose mark is not this one
+            _here.reset(token)
 
 
 def route_attention(on: bool = True) -> None:

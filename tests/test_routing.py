@@ -1,6 +1,7 @@
 """torch.nn.functional.scaled_dot_product_attention, routed to fastseq's: who is, what is, and that it is undone."""
 
 import asyncio
+import contextvars
 import copy
 import random
 import threading
@@ -415,3 +416,14 @@ def test_export(switched_on: None, strict: bool) -> None:
     block, x = Block(), torch.randn(2, 5, 8)
     exported = torch.export.export(block, (x,), strict=strict)
     torch.testing.assert_close(exported.module()(x), block(x))
+
+
+def test_a_generator_may_be_closed_in_another_context() -> None:
+    def routed() -> Iterator[None]:
+        with fastseq.routed_attention():
+            yield
+
+    generator = routed()
+    contextvars.copy_context().run(next, generator)
+    generator.close()
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention

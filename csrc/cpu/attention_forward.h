@@ -142,7 +142,9 @@ struct AttentionForwardPass : AttentionRows<T> {
       this->pack_queries(this->q, E, seq, tile_of(i), this->scale, my.q + (i - l) * E);
     const bool all = this->weights;  // every score is wanted, if only to see that it is none
     const int64_t first = all ? 0 : this->first_key(seq, l) / kTileKeys * kTileKeys;
-    const int64_t last = all ? seq.S : this->end_key(seq, end - 1);
+    // Whole tiles: what a tile holds, and so how it is added, must not depend on where a chunk of queries ends.
+    const int64_t tiles = (this->end_key(seq, end - 1) + kTileKeys - 1) / kTileKeys;
+    const int64_t last = all ? seq.S : std::min(seq.S, tiles * kTileKeys);
     for (int64_t s = first; s < last; s += packed_keys) {
       const int64_t packed_end = std::min(last, s + packed_keys);
       pack(my, seq, h / this->group, s, packed_end);

@@ -343,6 +343,8 @@ struct Attention : Call {
       const Vec<T> before = load(largest + i), never = kMinusInfinity - Vec<T>{};
       const Vec<T> top = larger<T>(before, larger<T>(larger<T>(highs[0], highs[1]), larger<T>(highs[2], highs[3])));
       const Vec<T> base = top == never ? Vec<T>{} : top;
+      bool vanishes = !whole;  // or if every score of a query has overflowed
+      for (int r = 0; r < kLanes<T>; ++r) vanishes |= top[r] == kMinusInfinity;
       const Vec<T> shrunk = exp2<T, true>((before - base) * kLog2E);
       const auto weigh = [&](auto may_vanish) __attribute__((always_inline)) {
         Vec<T> total{};
@@ -353,7 +355,7 @@ struct Attention : Call {
         }
         return total;
       };
-      const Vec<T> total = whole ? weigh(std::false_type()) : weigh(std::true_type());
+      const Vec<T> total = vanishes ? weigh(std::true_type()) : weigh(std::false_type());
       store(shrink + i, shrunk);
       for (int r = 0; r < kLanes<T>; ++r) shrinks |= shrink[i + r] != 1 && weight[i + r] != 0;
       store(largest + i, top);

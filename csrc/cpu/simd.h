@@ -106,12 +106,13 @@ FASTSEQ_INLINE Vec<T> load_as(const Element* p) {
       words <<= 16;
       memcpy(&values, &words, sizeof values);
     } else {
-      // Exponents differ by 112; scaling with floats gets denormals right, and infinities and NaN are set by hand.
+      // Exponents differ by 112; denormals are whole numbers of 2^-24, and infinities and NaN are set by hand.
       const Words sign = (words & 0x8000u) << 16, magnitude = (words & 0x7fffu) << 13;
-      memcpy(&values, &magnitude, sizeof values);
-      values *= 0x1p112f;
-      memcpy(&words, &values, sizeof words);
-      const Words special = Words(magnitude >= 0x0f800000u);
+      const Vec<T> denormal = __builtin_convertvector(typename Simd<T>::IntVec(words & 0x3ffu), Vec<T>) * 0x1p-24f;
+      Words tiny;
+      memcpy(&tiny, &denormal, sizeof tiny);
+      const Words is_tiny = Words(magnitude < 0x00800000u), special = Words(magnitude >= 0x0f800000u);
+      words = (is_tiny & tiny) | (~is_tiny & (magnitude + 0x38000000u));
       words = (special & (magnitude | 0x7f800000u)) | (~special & words) | sign;
       memcpy(&values, &words, sizeof values);
     }

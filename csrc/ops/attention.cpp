@@ -129,10 +129,12 @@ struct AttentionInputs {
   }
 };
 
-// A new [N, heads, places, width], in memory in the order that `like` has: heads before or after places.
-Tensor empty_heads(const Tensor& like, int64_t width, ScalarType dtype) {
+// Whether heads come after the places in memory.
+bool are_places_first(const Tensor& t) { return t.stride(1) < t.stride(2); }
+
+// A new tensor with the sizes of `like`, but for the width, and this order in memory.
+Tensor empty_heads(const Tensor& like, bool places_first, int64_t width, ScalarType dtype) {
   const int64_t N = like.size(0), H = like.size(1), L = like.size(2);
-  const bool places_first = like.stride(1) < like.stride(2);
   const int64_t strides[] = {H * L * width, places_first ? width : L * width, places_first ? H * width : width, 1};
   return empty_strided({N, H, L, width}, strides, dtype);
 }
@@ -149,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   check(return_weights >= 0 && return_weights <= 2 && !(return_weights && cu_seqlens_q), kName, "return_weights",
         "0, 1 or 2, and 0 with cu_seqlens_q");
   const auto wanted = Weights(return_weights);
-  Tensor out = empty_heads(in.q, in.Ev, in.given), lse = empty({N, H, L}, in.dtype);
+  Tensor out = empty_heads(in.q, are_places_first(query), in.Ev, in.given), lse = empty({N, H, L}, in.dtype);
   Tensor weights = wanted == Weights::kNone       ? empty({0}, in.dtype)
                    : wanted == Weights::kEachHead ? empty({N, H, L, S}, in.dtype)
                                                   : empty({N, L, S}, in.dtype);
@@ -192,12 +194,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (dout)
     check(*dout, kName, "dout", {N, H, L, in.Ev}, in.given), *dout = laid_out(*dout, true);
   else
-    dout = zeros(empty_heads(out, in.Ev, in.given));
+    dout = zeros(empty_heads(out, are_places_first(out), in.Ev, in.given));
   if (dlse) check(*dlse, kName, "dlse", {N, H, L}, in.dtype), *dlse = laid_out(*dlse);
   const auto wanted = [&](bool need, const Tensor& t) {
-    return need ? empty_heads(t, t.size(3), in.given) : empty({0}, in.given);
+    return need ? empty_heads(t, are_places_first(t), t.size(3), in.given) : empty({0}, in.given);
   };
-  Tensor dq = wanted(needs[0], in.q), dk = wanted(needs[1], in.k), dv = wanted(needs[2], in.v);
+  Tensor dq = wanted(needs[0], query), dk = wanted(needs[1], key), dv = wanted(needs[2], value);
   Tensor dmask = empty({0}, in.given);
   if (needs[3]) dmask = zeros(empty({mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, in.dtype));
   const auto run = [&](auto zero, auto kernel) {

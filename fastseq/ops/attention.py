@@ -2,9 +2,9 @@
 `fastseq.reference.attention`.
 """
 
-import math
+import operator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fastseq.reference import attention as reference
 from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
 
 NO_WEIGHTS, EACH_HEAD, AVERAGE = range(3)
+_SINGLE = torch.finfo(torch.float32)  # what half precision and float32 are computed in
 
 
 class Arguments(NamedTuple):
@@ -413,7 +414,8 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to [N, ..., H, L, S]. A boolean one is true where a key takes part; one of query's
             dtype is added to the scores, and gets a gradient if it asks for one. One of `torch.nn.attention.bias` is
             taken as the bound that it stands for.
-        dropout_p: the probability of a weight to be dropped, from torch's default generator of the CPU.
+        dropout_p: the probability of a weight to be dropped, to the next 1/65536. What is dropped follows torch's
+            default generator of the CPU, with other draws than torch's.
         is_causal: whether a query sees only keys up to its own place.
         scale: of the scores; 1/sqrt(E) by default.
         enable_gqa: whether groups of query's heads share a head of key and value.
@@ -423,7 +425,8 @@ def scaled_dot_product_attention(
         bottom_right: whether the last query's own place is the last key, as in decoding, or the first query's the
             first key, as in torch. It counts for is_causal, window_size and alibi_slopes.
         alibi_slopes: [H], slope * distance is taken from the scores (Press et al., arXiv:2108.12409). No gradient.
-        softcap: scores become softcap * tanh(scores / softcap), before biases and masks; 0 for not.
+        softcap: scores become softcap * tanh(scores / softcap), before biases and masks; 0 for not, else a number that
+            float32 has.
         cu_seqlens_q: [sequences + 1] integers, sequences of various lengths one after the other, as in FlashAttention:
             sequence i has queries cu_seqlens_q[i] to cu_seqlens_q[i+1]. Excludes attn_mask, key_padding_mask, weights.
         cu_seqlens_k: the same for the keys; by default cu_seqlens_q.
@@ -441,12 +444,14 @@ def scaled_dot_product_attention(
         RuntimeError: with torch's own message, for what torch's function refuses.
         ValueError, TypeError: for the arguments by keyword, with the argument's name.
     """
+    left, right = _window(window_size)
+    _check_options(dropout_p, softcap, bottom_right, return_lse, return_weights, average_weights)
     bias: Any = attn_mask if is_causal_bias(attn_mask) else None
     mask = attn_mask if bias is None else None
     torchs_own = (
         (mask is None or not is_causal)
         and key_padding_mask is None
-        and window_size == (-1, -1)
+        and (left, right) == (-1, -1)
         and not bottom_right
         and alibi_slopes is None
         and softcap == 0
@@ -493,33 +498,32 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"query, key, value and attn_mask must be plain floating tensors that fit together: {shapes}"
             )
-        if not 0 <= dropout_p <= 1:  # torch lets some pass
-            raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     lead, (q, k, v) = _four_dimensional(query, key, value)
     N, H, L, S = *q.shape[:3], k.shape[2]
     if bias is not None:
         is_causal, from_last = True, bias.variant.name == "LOWER_RIGHT"
-        placed = bottom_right or window_size != (-1, -1) or alibi_slopes is not None
+        placed = bottom_right or (left, right) != (-1, -1) or alibi_slopes is not None
         if placed and from_last != bottom_right and L != S:
             raise ValueError(f"bottom_right must be {from_last} with an attn_mask of variant {bias.variant.name}")
         bottom_right = from_last
-    left, right = _window(window_size, is_causal)
-    if not isinstance(softcap, (int, float)):
-        raise TypeError(f"softcap must be a number, got {softcap!r}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and not negative, got {softcap}")
-    if average_weights and not return_weights:
-        raise ValueError("average_weights says which weights to return: it needs return_weights")
+    right = 0 if is_causal else right
     for name, given in (
         ("alibi_slopes", alibi_slopes),
         ("key_padding_mask", key_padding_mask),
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
     ):
-        if given is not None and not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
-    if alibi_slopes is not None and alibi_slopes.shape != (H,):
-        raise ValueError(f"alibi_slopes must be [{H}], one for each head of query, got {list(alibi_slopes.shape)}")
+        if given is None:
+            continue
+        if not isinstance(given, Tensor) or given.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {_kind(given)}")
+        if given.device != query.device and not name.startswith("cu_"):
+            raise ValueError(f"{name} must be on query's device, {query.device}, got {given.device}")
+        if given.is_meta and not query.is_meta:
+            raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
+    if alibi_slopes is not None and not (alibi_slopes.shape == (H,) and alibi_slopes.is_floating_point()):
+        got = f"{alibi_slopes.dtype} {list(alibi_slopes.shape)}"
+        raise ValueError(f"alibi_slopes must be floating, [{H}], one for each head of query, got {got}")
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     if cu_seqlens_k is not None:
@@ -638,6 +642,10 @@ def _is_sound(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool, aut
     return mask.dim() <= len(shape) and all(size == 1 or size == whole for size, whole in sizes)
 
 
+def _kind(given: Any) -> str:
+    return str(given.layout) if isinstance(given, Tensor) else type(given).__name__
+
+
 def _is_lowered(t: Tensor) -> bool:
     """Whether autocast changes its dtype."""
     return t.dtype.is_floating_point and t.dtype != torch.float64
@@ -700,15 +708,36 @@ def _mask(mask: Tensor | None, lead: tuple[int, ...], *dtypes: torch.dtype) -> T
     return mask
 
 
-def _window(window_size: tuple[int, int], is_causal: bool) -> tuple[int, int]:
-    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not pair or not all(isinstance(w, (int, torch.SymInt)) for w in window_size):
+def _window(window_size: Any) -> tuple[int, int]:
+    """window_size as two integers."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be (left, right), two integers, got {window_size!r}")
-    # Nothing is farther away, and sums with places do not overflow.
-    left, right = (min(w, 2**62) for w in window_size)
+    left, right = window_size
+    if type(left) is not int or type(right) is not int:
+        if not all(isinstance(w, SupportsIndex) and not isinstance(w, bool) for w in window_size):
+            raise TypeError(f"window_size must be (left, right), two integers, got {window_size!r}")
+        left, right = (w if isinstance(w, torch.SymInt) else operator.index(w) for w in window_size)
     if left < -1 or right < -1:
         raise ValueError(f"window_size must be (left, right), each at least -1, got {tuple(window_size)}")
-    return left, 0 if is_causal else right
+    # Nothing is farther away, and sums with places do not overflow.
+    return min(left, 2**62), min(right, 2**62)
+
+
+def _check_options(
+    dropout_p: Any, softcap: Any, bottom_right: Any, return_lse: Any, return_weights: Any, average_weights: Any
+) -> None:
+    if isinstance(dropout_p, (int, float)) and not dropout_p >= 0:  # of which torch says something else, or nothing
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a number, got {softcap!r}")
+    if softcap != 0 and not _SINGLE.tiny <= softcap <= _SINGLE.max:
+        raise ValueError(f"softcap must be 0 or within [{_SINGLE.tiny:.2g}, {_SINGLE.max:.2g}], got {softcap}")
+    flags = (bottom_right, return_lse, return_weights, average_weights)
+    for name, flag in zip(("bottom_right", "return_lse", "return_weights", "average_weights"), flags, strict=True):
+        if type(flag) is not bool:
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    if average_weights and not return_weights:
+        raise ValueError("average_weights says which weights to return: it needs return_weights")
 
 
 def _checked_ends(name: str, ends: Tensor, count: int) -> Tensor:

@@ -172,6 +172,7 @@ def _dense(
         scores = scores - slopes.to(query.dtype).view(-1, 1, 1) * distance
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
+    seen = seen & (scores != -math.inf)  # those that overflowed count for nothing, either
     anything = seen.any(-1, keepdim=True)
     # Not a sum with -inf, which a NaN in a key that is left out would survive.
     scores = torch.where(anything, torch.where(seen, scores, -math.inf), 0.0)
