@@ -25,8 +25,6 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
   int64_t sample_groups, head_groups;
   bool split;
   int64_t padded_queries;  // of a head, in whole tiles
-  int64_t desk_size;       // elements of a member's scratch
-  T* desks;                // all members' one after the other
 
   AttentionBackwardPass(const AttentionBackward<T>& call, int threads) : Base(call) {
     sample_groups = this->dbias && !this->d_n ? std::min<int64_t>(1, this->sequences) : this->sequences;
@@ -75,15 +73,13 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
   }
 
   int64_t lay_out(T* start, int members) {
-    Pieces<T> one{nullptr}, pieces{start};
-    desk(one);
-    desk_size = one.count;
-    desks = pieces.take(members * desk_size);
+    Pieces<T> pieces{start};
+    this->lay_out_desks(pieces, members, [&](Pieces<T>& of_one) { desk(of_one); });
     return pieces.count;
   }
 
   void run(int rank, Team&) const {
-    Pieces<T> mine{desks + rank * desk_size};
+    Pieces<T> mine = this->desk_at(rank);
     Desk desk = this->desk(mine);
     std::fill_n(desk.zeros, E, T(0));
     const int64_t groups = sample_groups * head_groups, chunk = kChunkTiles * kStride;

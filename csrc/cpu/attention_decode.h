@@ -16,8 +16,8 @@ struct AttentionDecodePass : AttentionRows<T> {
 
   static constexpr int64_t kMostRows = 8, kTasks = 32, kKeys = 4 * kTileKeys;
 
-  int64_t rows, splits, split_keys, desk_size, part_size;
-  T *desks, *parts;
+  int64_t rows, splits, split_keys, part_size;
+  T* parts;
 
   static bool serves(const AttentionRows<T>& call) { return call.group * call.longest_q <= kMostRows && !call.weights; }
 
@@ -45,12 +45,10 @@ struct AttentionDecodePass : AttentionRows<T> {
   }
 
   int64_t lay_out(T* start, int members) {
-    Pieces<T> one{nullptr}, part{nullptr}, pieces{start};
-    desk(one);
-    desk_size = one.count;
+    Pieces<T> part{nullptr}, pieces{start};
+    this->lay_out_desks(pieces, members, [&](Pieces<T>& of_one) { desk(of_one); });
     Progress::take(part, rows, *this);
     part_size = part.count;
-    desks = pieces.take(members * desk_size);
     parts = pieces.take(splits > 1 ? this->sequences * Hk * splits * part_size : 0);
     return pieces.count;
   }
@@ -61,7 +59,7 @@ struct AttentionDecodePass : AttentionRows<T> {
   }
 
   void run(int rank, Team& team) const {
-    Pieces<T> mine{desks + rank * desk_size};
+    Pieces<T> mine = this->desk_at(rank);
     Desk desk = this->desk(mine);
     const int64_t heads = this->sequences * Hk;
     for (int64_t task; (task = this->next.fetch_add(1, std::memory_order_relaxed)) < heads * splits;) {

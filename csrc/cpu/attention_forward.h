@@ -66,8 +66,6 @@ struct AttentionForwardPass : AttentionRows<T> {
   bool average = this->wanted == Weights::kAverage;
   int64_t chunk, chunks;  // queries of a task, and tasks of a sequence and head
   int64_t packed_keys;    // of a packing
-  int64_t desk_size;      // elements of a member's scratch
-  T* desks;               // all members' one after the other
 
   AttentionForwardPass(const AttentionForward<T>& call, int threads) : Base(call) {
     const int64_t bytes = (E + value_width) * sizeof(T) * kTileKeys;
@@ -110,15 +108,13 @@ struct AttentionForwardPass : AttentionRows<T> {
   }
 
   int64_t lay_out(T* start, int members) {
-    Pieces<T> one{nullptr}, pieces{start};
-    desk(one);
-    desk_size = one.count;
-    desks = pieces.take(members * desk_size);
+    Pieces<T> pieces{start};
+    this->lay_out_desks(pieces, members, [&](Pieces<T>& of_one) { desk(of_one); });
     return pieces.count;
   }
 
   void run(int rank, Team&) const {
-    Pieces<T> mine{desks + rank * desk_size};
+    Pieces<T> mine = this->desk_at(rank);
     Desk desk = this->desk(mine);
     std::fill_n(desk.zeros, Ev, T(0));
     const int64_t heads = average ? 1 : H, per_chunk = this->sequences * heads;

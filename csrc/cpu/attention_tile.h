@@ -39,6 +39,8 @@ struct Attention : Call {
   int64_t longest_q = L, longest_k = S;
   bool bare = !this->softcap && !this->slopes && !this->bias && !this->allowed;  // only bounds and padding
   mutable std::atomic<int64_t> next{0};                                          // task to be done
+  int64_t desk_size;                                                             // elements of a member's scratch
+  T* desks;                                                                      // all members' one after the other
 
   explicit Attention(const Call& call) : Call(call) {
     if (!this->ends_q) return;
@@ -59,6 +61,16 @@ struct Attention : Call {
     const int64_t useful = work / kAttentionWorkPerThread + 1;
     return int(std::min<int64_t>({threads.count, Team::kMost, useful}));
   }
+
+  // Lays out a desk, which is what desk_of(pieces) takes, for each member.
+  template <typename DeskOf>
+  void lay_out_desks(Pieces<T>& pieces, int members, const DeskOf& desk_of) {
+    Pieces<T> one{nullptr};
+    desk_of(one);
+    desk_size = one.count;
+    desks = pieces.take(members * desk_size);
+  }
+  Pieces<T> desk_at(int rank) const { return {desks + rank * desk_size}; }
 
   Sequence sequence(int64_t i) const {
     Sequence seq{i, i, 0, 0, L, S, 0};
