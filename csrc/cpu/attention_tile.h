@@ -196,14 +196,30 @@ struct Attention : Call {
     for (int64_t i = 0; i < tiles; ++i) body(count * i / tiles, count * (i + 1) / tiles);
   }
 
+  // Memory that is to come into the L2 cache while something else is multiplied.
+  struct Ahead {
+    const T* at[3];
+    int64_t left[3];
+    const T* take(int64_t count, const T* otherwise) {
+      for (int i = 0; i < 3; ++i)
+        if (left[i] > 0) {
+          const T* taken = at[i];
+          at[i] += count, left[i] -= count;
+          return taken;
+        }
+      return otherwise;
+    }
+  };
+
   // products[keys][kStride] = rows[keys][K] times packed queries, where the bounds leave something.
-  void multiply(const Sequence& seq, const Tile& tile, const T* rows, int64_t K, const T* packed, T* products) const {
+  void multiply(const Sequence& seq, const Tile& tile, const T* rows, int64_t K, const T* packed, T* products,
+                Ahead* ahead = nullptr) const {
     in_tiles(tile.keys, [&](int64_t from, int64_t to) {
       const int64_t first = first_query(seq, tile.s + from) - tile.l;
       const int64_t end = std::min(tile.queries, end_query(seq, tile.s + to) - tile.l);
       for (int64_t i = std::max<int64_t>(0, first) / kPanel<T> * kPanel<T>; i < end; i += kPanel<T>)
         tile_rows<T>(to - from, K, {rows + from * K, K}, packed + i * K, products + from * kStride + i, kStride, false,
-                     packed + i * K);
+                     ahead ? ahead->take(K * kPanel<T>, packed + i * K) : packed + i * K);
     });
   }
 

@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
 from fastseq.nn.serving import Served, are_sound
-from fastseq.ops.attention import TABLE, Arguments, attention, new_seed, wanted_weights
-from fastseq.ops.contract import autocast_dtype, computes_in, why_torch
+from fastseq.ops.attention import TABLE, Arguments, attention, compute_dtype, new_seed, wanted_weights
+from fastseq.ops.contract import autocast_dtype, why_torch
 from fastseq.registry import HALF, Op
 
 # The module's own, as `_Weights` begins.
@@ -82,7 +82,8 @@ class _Call(NamedTuple):
         if not self._is_sound(low is not None) or why_torch(TABLE, query.device.type, query.dtype) is not None:
             return None
         given = low or query.dtype
-        compute = computes_in(TABLE.name, query.device.type, given)
+        masks = self.attn_mask, self.key_padding_mask
+        compute = compute_dtype(given, query, self.key, self.value, *self.weights, *masks)
         q, k, v = self._heads(compute)
         mask, key_padding, is_bounded = self._masks(k.shape[2], compute)
         arguments = Arguments(

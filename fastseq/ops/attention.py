@@ -369,6 +369,18 @@ def attention(arguments: Arguments, return_weights: int = NO_WEIGHTS) -> Outputs
     return Outputs(*torch.ops.fastseq.attention(*arguments, return_weights))
 
 
+def compute_dtype(given: torch.dtype, query: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype that query, key and value of this one shall have for the op.
+
+    On CPUs half precision becomes float32 where a graph is recorded: gradients of scores are small differences from
+    `out`, and what it loses when it is rounded would be most of them.
+    """
+    compute = computes_in(TABLE.name, query.device.type, given)
+    if compute in HALF and query.device.type == "cpu" and needs_graph(query, *others):
+        return torch.float32
+    return compute
+
+
 def wanted_weights(wanted: bool, average: bool) -> int:
     """What the op calls the weights that a user asks for."""
     return NO_WEIGHTS if not wanted else AVERAGE if average else EACH_HEAD
@@ -553,7 +565,7 @@ def scaled_dot_product_attention(
     wanted = low or query.dtype
     # To round what autocast would lower gains nothing on CPUs, whose kernels compute in float32.
     exact = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype
-    compute = computes_in(TABLE.name, query.device.type, query.dtype if exact else wanted)
+    compute = compute_dtype(query.dtype if exact else wanted, query, key, value, mask)
     single = torch.float32 if compute in HALF else compute
     arguments = Arguments(
         q.to(compute),
