@@ -83,6 +83,9 @@ FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
     store_part<T>(p, v, n);
 }
 
+// As many bytes of 32-bit words.
+typedef uint32_t Words __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -97,7 +100,6 @@ FASTSEQ_INLINE Vec<T> load_as(const Element* p) {
     return load(p);
   } else {
     typedef uint16_t Halves __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
-    typedef uint32_t Words __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
     Halves halves;
     memcpy(&halves, p, sizeof halves);
     Words words = __builtin_convertvector(halves, Words);
@@ -139,7 +141,6 @@ FASTSEQ_INLINE void store_as(Element* p, Vec<T> v, int n) {
     store(p, v, n);
   } else {
     typedef uint16_t Halves __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
-    typedef uint32_t Words __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
     Words words;
     memcpy(&words, &v, sizeof words);
     const Words sign = (words >> 16) & 0x8000u, magnitude = words & 0x7fffffffu;
@@ -358,9 +359,7 @@ FASTSEQ_INLINE Vec<T> tanh(Vec<T> x) {
   return e / (e + T(2));
 }
 
-// A vector of 32-bit words, and the halves of each word's product with a number.
-typedef uint32_t Words __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
-
+// The halves of each word's product with a number.
 FASTSEQ_INLINE void multiply_words(Words words, uint32_t by, Words& high, Words& low) {
   typedef uint64_t Pairs __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   // Compilers do not find the instruction that multiplies every other word.

@@ -573,7 +573,7 @@ def scaled_dot_product_attention(
         v.to(compute),
         _mask(mask, lead, compute, single),
         key_padding_mask,
-        None if alibi_slopes is None else alibi_slopes.detach().to(query.device, single),
+        None if alibi_slopes is None else alibi_slopes.detach().to(single),
         cu_seqlens_q,
         cu_seqlens_k,
         new_seed(dropout_p),

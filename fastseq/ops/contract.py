@@ -32,7 +32,7 @@ def requested() -> str | None:
 @assume_constant_result
 def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
     """Whether something better than the reference serves the op, or an implementation is asked for by name."""
-    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].impls[-1]
+    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].reference
 
 
 @assume_constant_result
