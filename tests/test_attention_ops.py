@@ -40,6 +40,7 @@ from fastseq.ops.attention import (
     widened,
 )
 from fastseq.reference import attention as reference
+from fastseq.reference import dropout
 from fastseq.registry import HALF, Impl
 
 KERNELS = [impl for impl in TABLE.impls if impl.name != "reference"]
@@ -295,7 +296,7 @@ def by_loops(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     N, H, L, S = *query.shape[:3], key.shape[2]
     group = H // key.shape[1]
     offset = S - L if bottom_right else 0
-    keep = None if seed is None else reference.keep(seed, (N, H, L, S), p, query.device)
+    keep = None if seed is None else dropout.keep(seed, (N, H, L, S), p, query.device)
     out = query.new_zeros(N, H, L, value.shape[3])
     lse, weights = query.new_full((N, H, L), -math.inf), query.new_zeros(N, H, L, S)
     for n, h, l in itertools.product(range(N), range(H), range(L)):
@@ -367,7 +368,7 @@ def test_dropout_draws_from_philox() -> None:
     N, H, L, S, p = 2, 3, 4, 300, 0.37
     seed, device = 0x7EDCBA9876543210, torch.device("cpu")
     key = (seed % 2**32, seed >> 32)
-    kept = reference.keep(torch.tensor(seed), (N, H, L, S), p, device).tolist()
+    kept = dropout.keep(torch.tensor(seed), (N, H, L, S), p, device).tolist()
     dropped = round(p * 65536)
     for n, h, l, s in itertools.product(range(N), range(H), range(L), range(S)):
         words = philox((16 * (s // 128) + s % 16, l, n * H + h, 0), key)
@@ -377,7 +378,7 @@ def test_dropout_draws_from_philox() -> None:
     # At the very number, which is seldom drawn.
     drawn = philox((0,) * 4, key)[0] & 0xFFFF
     for dropped, remains in ((drawn, True), (drawn + 1, False)):
-        assert reference.keep(torch.tensor(seed), (1, 1, 1, 1), dropped / 65536, device).bool().item() == remains
+        assert dropout.keep(torch.tensor(seed), (1, 1, 1, 1), dropped / 65536, device).bool().item() == remains
 
 
 @each_implementation
@@ -391,7 +392,7 @@ def test_dropout_drops_what_keep_says(impl: Impl, dtype: torch.dtype, p: float) 
     arguments = arguments._replace(value=torch.eye(S, dtype=dtype, device=device).expand(2, 2, S, S))
     weights = impl.kernel.forward(*arguments._replace(dropout_p=0.0), EACH_HEAD)[2]
     out, _, dropped = impl.kernel.forward(*arguments, EACH_HEAD)
-    keep = reference.keep(arguments.seed, (2, 4, 21, S), p, device).to(dtype)
+    keep = dropout.keep(arguments.seed, (2, 4, 21, S), p, device).to(dtype)
     torch.testing.assert_close(out / weights, keep)
     torch.testing.assert_close(dropped / weights, keep)
 

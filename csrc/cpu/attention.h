@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/dropout.h"
 #include "cpu/stored.h"
 #include "cpu/threads.h"
 
@@ -29,9 +30,7 @@ struct AttentionShape {
   const T* slopes;             // [H] or null
   int64_t sequences;           // N, or with `ends` [sequences + 1] as many as there are one after the other
   const int64_t *ends_q, *ends_k;
-  uint64_t seed;
-  uint32_t dropped;  // how many of 65536 values drop a weight
-  T kept;            // what weights that are kept are multiplied by
+  Dropout<T> dropout;
   T scale, softcap;
   int64_t left, right;  // bounds, negative for none
   bool bottom_right;

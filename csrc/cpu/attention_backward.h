@@ -66,7 +66,7 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
     desk.scores = pieces.take(scores);
     desk.dscores = pieces.take(scores);
     desk.slopes = pieces.take(this->softcap ? scores : 0);
-    desk.factors = pieces.take(this->dropped ? scores : 0);
+    desk.factors = pieces.take(this->dropout ? scores : 0);
     desk.out = pieces.take(kStride * Ev);
     for (T** of_each : {&desk.largest, &desk.weight, &desk.shrink}) *of_each = pieces.take(kStride);
     return desk;
@@ -251,7 +251,7 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
     this->multiply(seq, tile, my.keys + j * E, E, queries_of(my.q, E, g, l), my.scores);
     this->multiply(seq, tile, my.values + j * Ev, Ev, queries_of(my.dout, Ev, g, l), my.dscores);
     if (!this->is_whole(seq, tile)) this->finish_scores(seq, tile, my.scores, this->softcap ? my.slopes : nullptr);
-    if (this->dropped) this->draw_tile(seq, tile, my.factors);
+    if (this->dropout) this->draw_tile(seq, tile, my.factors);
     for (int64_t i = 0; i < tile.queries; i += kLanes<T>) weigh(my, g, tile, i);
     if (this->dbias && with_keys) add_to_bias(seq, tile, my.dscores);
     for (int64_t r = 0; this->softcap && r < tile.keys; ++r)
@@ -279,7 +279,7 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
       T *score = my.scores + r * kStride + i, *d = my.dscores + r * kStride + i;
       const Vec<T> p = exp2<T, true>((load(score) - base) * kLog2E) * share;
       Vec<T> kept = p, dp = load(d);
-      if (this->dropped) {
+      if (this->dropout) {
         const Vec<T> factor = load(my.factors + r * kStride + i);
         kept *= factor, dp *= factor;
       }

@@ -40,7 +40,7 @@ struct AttentionDecodePass : AttentionRows<T> {
     desk.q = pieces.take(rows * E);
     desk.rows = Progress::take(pieces, rows, *this);
     desk.scores = pieces.take(kKeys);
-    desk.factors = pieces.take(this->dropped ? kKeys : 0);
+    desk.factors = pieces.take(this->dropout ? kKeys : 0);
     return desk;
   }
 
@@ -99,8 +99,9 @@ struct AttentionDecodePass : AttentionRows<T> {
         dot_each<T>(k, this->k.l, my.q + row * E, E, count, my.scores);
         if (!whole) finish_scores(seq, h, l, s, count, my.scores);
         softmax(my.rows, row, my.scores, count);
-        if (this->dropped) {
-          for (int64_t i = 0; i < count; i += kTileKeys) this->draw_row(seq, h, l, s + i, my.factors + i);
+        if (this->dropout) {
+          for (int64_t i = 0; i < count; i += kTileKeys)
+            draw_row(this->dropout, this->matrix(seq, h), l, s + i, my.factors + i);
           for (int64_t i = 0; i < count; ++i) my.scores[i] *= my.factors[i];
         }
         T* sums = my.rows.sums + row * value_width;

@@ -103,7 +103,7 @@ struct AttentionForwardPass : AttentionRows<T> {
     desk.v = pieces.take(packed_keys * value_width);
     desk.zeros = pieces.take(Ev);
     desk.scores = pieces.take(kTileKeys * kStride);
-    desk.factors = pieces.take(this->dropped ? kTileKeys * kStride : 0);
+    desk.factors = pieces.take(this->dropout ? kTileKeys * kStride : 0);
     desk.shrink = pieces.take(kStride);
     desk.raw = pieces.take(average ? chunk * tiled_keys() : 0);
     return desk;
@@ -209,7 +209,7 @@ struct AttentionForwardPass : AttentionRows<T> {
     if (this->softmax(tile, my.scores, my.rows.largest + row, my.rows.weight + row, my.shrink, whole))
       for (int64_t r = 0; r < tile.queries; ++r)
         if (my.shrink[r] != 1) this->shrink_sums(sums + r * value_width, my.shrink[r]);
-    if (this->dropped) {
+    if (this->dropout) {
       this->draw_tile(seq, tile, my.factors);
       for (int64_t j = 0; j < tile.keys; ++j)
         for (int64_t i = j * kStride; i < j * kStride + tile.width(); i += kLanes<T>)
@@ -236,8 +236,8 @@ struct AttentionForwardPass : AttentionRows<T> {
         const int lanes = int(std::min<int64_t>(kLanes<T>, count - j));
         store(row + s + j, exp<T>(load(row + s + j, lanes) - base) * inverse, lanes);
       }
-      if (!this->dropped) continue;
-      this->draw_row(seq, h, i, s, factors);
+      if (!this->dropout) continue;
+      draw_row(this->dropout, this->matrix(seq, h), i, s, factors);
       for (int64_t j = 0; j < count; ++j) row[s + j] *= factors[j];
     }
     if (!average) return;

@@ -8,12 +8,13 @@
 // the same bits whatever the number of threads.
 #pragma once
 #include "cpu/attention.h"
+#include "cpu/dropout_kernel.h"
 #include "cpu/gemm.h"
 #include "cpu/pass.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
-// Keys of a tile, which is also the period of dropout's numbers.
+// Keys of a tile: as many as dropout draws for at once.
 constexpr int64_t kTileKeys = 128;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kAttentionWorkPerThread = 192 * 1024;
@@ -392,68 +393,26 @@ struct Attention : Call {
     return shrinks;
   }
 
-  // Draws for 16 counters: factors[k] are what the k-th 16 bits of each say, 0 or what a weight that is kept is
-  // multiplied by.
-  static constexpr int kCounters = 16, kHalves = 8;
-  struct Draws {
-    uint32_t keys[kCounters], queries[kCounters];
-    T factors[kHalves][kCounters];
-  };
-  void draw(const Sequence& seq, int64_t h, Draws& draws) const {
-    constexpr int kRounds = 7, kWords = sizeof(Words) / 4;
-    int32_t drawn[kHalves][kCounters];
-    for (int v = 0; v < kCounters; v += kWords) {
-      Words x[4];
-      memcpy(&x[0], draws.keys + v, sizeof(Words)), memcpy(&x[1], draws.queries + v, sizeof(Words));
-      x[2] = uint32_t(seq.index * H + h) - Words{}, x[3] = Words{};
-      uint32_t key_low = uint32_t(this->seed), key_high = uint32_t(this->seed >> 32);
-      for (int round = 0; round < kRounds; ++round) {
-        Words even_high, even_low, odd_high, odd_low;
-        multiply_words(x[0], 0xD2511F53u, even_high, even_low);
-        multiply_words(x[2], 0xCD9E8D57u, odd_high, odd_low);
-        x[0] = odd_high ^ x[1] ^ key_low, x[1] = odd_low;
-        x[2] = even_high ^ x[3] ^ key_high, x[3] = even_low;
-        key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
-      }
-      for (int word = 0; word < 4; ++word) {
-        const Words halves[] = {x[word] & 0xffffu, x[word] >> 16};
-        for (int i = 0; i < 2; ++i) memcpy(drawn[2 * word + i] + v, &halves[i], sizeof(Words));
-      }
-    }
-    const int32_t dropped = int32_t(this->dropped);  // in vectors, which takes a copy of each
-    const T kept = this->kept;
-    for (int half = 0; half < kHalves; ++half)
-      for (int i = 0; i < kCounters; ++i) draws.factors[half][i] = drawn[half][i] < dropped ? T(0) : kept;
-  }
+  // The head's weights among all matrices that dropout is drawn for.
+  uint32_t matrix(const Sequence& seq, int64_t h) const { return uint32_t(seq.index * H + h); }
 
   // Dropout's factors of a tile.
   void draw_tile(const Sequence& seq, const Tile& tile, T* factors) const {
-    static_assert(kStride % kCounters == 0);
+    static_assert(kStride % kCounters == 0 && kTileKeys == kDrawn);
     const int64_t first = tile.s / kTileKeys * kTileKeys;
     for (int64_t counter = 0; counter < kCounters; ++counter)
       for (int64_t i = 0; i < tile.queries; i += kCounters) {
-        Draws draws;
+        Draws<T> draws;
         for (int k = 0; k < kCounters; ++k) {
-          draws.keys[k] = uint32_t(first / kTileKeys * kCounters + counter);
-          draws.queries[k] = uint32_t(tile.l + i + k);
+          draws.columns[k] = uint32_t(first / kTileKeys * kCounters + counter);
+          draws.rows[k] = uint32_t(tile.l + i + k);
         }
-        draw(seq, tile.h, draws);
+        draw(this->dropout, matrix(seq, tile.h), draws);
         for (int half = 0; half < kHalves; ++half) {
           const int64_t j = first + half * kCounters + counter - tile.s;
           if (j >= 0 && j < tile.keys) std::copy_n(draws.factors[half], kCounters, factors + j * kStride + i);
         }
       }
-  }
-
-  // Those of one query, for kTileKeys keys from s on.
-  void draw_row(const Sequence& seq, int64_t h, int64_t l, int64_t s, T* factors) const {
-    Draws draws;
-    for (int k = 0; k < kCounters; ++k) {
-      draws.keys[k] = uint32_t(s / kTileKeys * kCounters + k);
-      draws.queries[k] = uint32_t(l);
-    }
-    draw(seq, h, draws);
-    std::copy_n(draws.factors[0], kTileKeys, factors);
   }
 };
 

@@ -79,8 +79,8 @@ class Rows {
   const T* (*call_)(const void*, int64_t);
 };
 
-// Packs panels [begin, end) of a matrix whose row k is rows(k), for K rows. (Element is told, not deduced: a function of
-// the caller's stands for Rows.)
+// Packs panels [begin, end) of a matrix whose row k is rows(k), for K rows. (Element is told, not deduced: a function
+// of the caller's stands for Rows.)
 template <typename T, typename Element = T>
 void pack_rows(const Columns<T>& columns, int64_t begin, int64_t end, std::enable_if_t<true, Rows<Element>> rows,
                int64_t K, T* packed) {

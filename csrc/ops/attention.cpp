@@ -78,10 +78,7 @@ struct AttentionInputs {
       check(ends_q->dim() == 1 && ends_q->size(0) > 0, kName, "cu_seqlens_q", "[sequences + 1]");
       read_ends(*ends_q, "cu_seqlens_q", L), read_ends(*ends_k, "cu_seqlens_k", S);
     }
-    check(dropout_p >= 0 && dropout_p <= 1, kName, "dropout_p", "between 0 and 1");
-    if (dropout_p > 0)
-      check(seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, kName, "seed",
-            "one int64 on the CPU");
+    check_dropout(kName, seed, dropout_p);
   }
 
   static Heads heads(const Tensor& t) {
@@ -109,11 +106,7 @@ struct AttentionInputs {
       shape.ends_q = static_cast<const int64_t*>(ends_q->const_data_ptr());
       shape.ends_k = static_cast<const int64_t*>(ends_k->const_data_ptr());
     }
-    if (dropout_p > 0) {
-      std::memcpy(&shape.seed, seed->const_data_ptr(), sizeof shape.seed);
-      shape.dropped = uint32_t(std::min(65536.0, std::nearbyint(dropout_p * 65536)));
-      shape.kept = shape.dropped < 65536 ? Scalar(65536.0 / (65536 - shape.dropped)) : Scalar(0);
-    }
+    shape.dropout = dropout_of<Scalar>(seed, dropout_p);
     shape.scale = Scalar(scale), shape.softcap = Scalar(softcap);
     shape.left = left, shape.right = right, shape.bottom_right = bottom_right;
   }

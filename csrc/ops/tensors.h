@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -13,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/dropout.h"
 #include "cpu/stored.h"
 #include "cpu/threads.h"
 
@@ -80,6 +83,23 @@ inline Stored stored_as(ScalarType dtype) {
 inline Tensor laid_out(const Tensor& t, bool rows = false) {
   const bool fine = rows ? t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1 : t.is_contiguous();
   return fine ? t : torch::stable::contiguous(t);
+}
+
+inline void check_dropout(const char* op, const MaybeTensor& seed, double p) {
+  check(p >= 0 && p <= 1, op, "dropout_p", "between 0 and 1");
+  if (p > 0)
+    check(seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed",
+          "one int64 on the CPU");
+}
+
+template <typename T>
+Dropout<T> dropout_of(const MaybeTensor& seed, double p) {
+  Dropout<T> made{};
+  if (p == 0) return made;
+  std::memcpy(&made.seed, seed->const_data_ptr(), sizeof made.seed);
+  made.dropped = uint32_t(std::min(65536.0, std::nearbyint(p * 65536)));
+  made.kept = made.dropped < 65536 ? T(65536.0 / (65536 - made.dropped)) : T(0);
+  return made;
 }
 
 inline Threads threads() {

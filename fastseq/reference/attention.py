@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.reference.dropout import keep
+
 
 def visible(L: int, S: int, left: int, right: int, bottom_right: bool, device: torch.device) -> Tensor | None:
     """[L, S] which keys the bounds leave, None for all."""
@@ -40,47 +42,6 @@ def _ahead(L: int, S: int, bottom_right: bool, device: torch.device) -> Tensor:
     """[L, S] how many places each key is ahead of each query."""
     offset = S - L if bottom_right else 0
     return torch.arange(S, device=device) - torch.arange(L, device=device).unsqueeze(-1) - offset
-
-
-# Philox4x32 (Salmon et al. 2011) with seven rounds, the fewest that pass BigCrush. A key is 16 bits of one of the
-# words of counter (16 * (s // 128) + s % 16, l, n * H + h, 0): the half s // 16 % 8, low halves first.
-PHILOX_ROUNDS = 7
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
-
-
-def dropped_of(p: float) -> int:
-    """How many of the 65536 values of a key's 16 bits drop it: those below this number."""
-    return min(65536, round(p * 65536))
-
-
-def keep(seed: Tensor, sizes: tuple[int, int, int, int], p: float, device: torch.device) -> Tensor:
-    """[N, H, L, S] in float64, what a weight is multiplied by: 0, or one over the probability of being kept."""
-    N, H, L, S = sizes
-    blocks = (S + 127) // 128
-    words: list[Tensor] = [
-        torch.arange(16 * blocks, device=device).expand(N * H, L, -1),
-        torch.arange(L, device=device).view(1, L, 1),
-        torch.arange(N * H, device=device).view(-1, 1, 1),
-        torch.zeros((), dtype=torch.int64, device=device),
-    ]
-    seed = seed.to(device)
-    keys = [seed & _LOW, (seed >> 32) & _LOW]
-    for _ in range(PHILOX_ROUNDS):
-        # A product of 32 x 32 bits may wrap around in int64, whose bits are the same.
-        even, odd = (words[2 * i] * _MULTIPLIERS[i] for i in range(2))
-        words = [
-            ((odd >> 32) & _LOW) ^ words[1] ^ keys[0],
-            odd & _LOW,
-            ((even >> 32) & _LOW) ^ words[3] ^ keys[1],
-            even & _LOW,
-        ]
-        keys = [(k + w) & _LOW for k, w in zip(keys, _WEYL, strict=True)]
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
-    drawn = halves.view(N, H, L, blocks, 16, 8).transpose(-1, -2).flatten(-3)[..., :S]
-    dropped = dropped_of(p)
-    return (drawn >= dropped).double() * (65536 / (65536 - dropped) if dropped < 65536 else 0.0)
 
 
 def forward(

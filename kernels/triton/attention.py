@@ -13,16 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq import jit
+from fastseq.kernels.triton.dropout import keeps_of
 from fastseq.ops.attention import AVERAGE, EACH_HEAD, NO_WEIGHTS, Arguments, Case, empty_like_heads
-from fastseq.reference.attention import PHILOX_ROUNDS, dropped_of
+from fastseq.reference.dropout import dropped_of, kept_factor
 
 INTERPRETED = tl.constexpr(jit.is_interpreted())
-ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-# A key's place among the bits that dropout draws: 16 bits of one of 4 words of 32, 128 keys a counter's block.
-LANES = tl.constexpr(16)
 # What changes from call to call and must not be compiled in.
 SIZES = ["L", "S", "left", "right", "seed_low", "seed_high"]
 
@@ -207,45 +205,6 @@ def _scores(raw, l, s, L, S, left, right, ahead, n, h, slope, problem, BOUNDED: 
 
 
 @triton.jit
-def _keeps(l, s, nh, seed_low, seed_high, problem, KEYS: tl.constexpr, QUERIES: tl.constexpr, DOWN: tl.constexpr):
-    """Which weights dropout keeps, for KEYS keys from s, a multiple of KEYS: [QUERIES, KEYS], or turned if DOWN.
-
-    A counter gives the bits of eight keys, 16 apart, which are put in their places instead of being drawn eight times.
-    """
-    s = tl.cast(s, tl.int32)
-    lane = (s // 128 * LANES + tl.arange(0, LANES)).to(tl.uint32)
-    if DOWN:
-        c0 = tl.broadcast_to(lane[:, None], (LANES, QUERIES))
-        c1 = tl.broadcast_to(l.to(tl.uint32)[None, :], (LANES, QUERIES))
-    else:
-        c0 = tl.broadcast_to(lane[None, :], (QUERIES, LANES))
-        c1 = tl.broadcast_to(l.to(tl.uint32)[:, None], (QUERIES, LANES))
-    zeros = c0 * 0
-    low, high = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = tl.philox_impl(c0, c1, zeros + tl.cast(nh, tl.uint32), zeros, zeros + low, zeros + high, ROUNDS)
-    half = s // LANES % 8
-    if KEYS == 128:
-        even = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-        odd = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-        bits = tl.join(even, odd)
-        bits = tl.permute(bits, (2, 3, 4, 0, 1) if DOWN else (0, 2, 3, 4, 1))
-    elif KEYS == 64:
-        first, second = tl.where(half >= 4, w2, w0), tl.where(half >= 4, w3, w1)
-        bits = tl.join(tl.join(first & 0xFFFF, second & 0xFFFF), tl.join(first >> 16, second >> 16))
-        bits = tl.permute(bits, (2, 3, 0, 1) if DOWN else (0, 2, 3, 1))
-    else:
-        word = tl.where(half >= 4, tl.where(half >= 6, w3, w2), tl.where(half >= 2, w1, w0))
-        if KEYS == 32:
-            bits = tl.join(word & 0xFFFF, word >> 16)
-            bits = tl.permute(bits, (2, 0, 1) if DOWN else (0, 2, 1))
-        else:
-            tl.static_assert(KEYS == 16)
-            bits = tl.where(half % 2 == 1, word >> 16, word & 0xFFFF)
-    bits = tl.reshape(bits, (KEYS, QUERIES) if DOWN else (QUERIES, KEYS))
-    return bits.to(tl.float32) >= problem.dropped
-
-
-@triton.jit
 def _add_tiles(
     m, total, acc, q, p_key, p_value, begin, end, l, L, S, left, right, ahead, n, b, h, slope, seed_low, seed_high,
     problem, BOUNDED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -263,7 +222,7 @@ def _add_tiles(
         faded = tl.exp2(m - base)
         total = total * faded + tl.sum(weight, 1)
         if problem.DROPOUT:
-            keeps = _keeps(l, first, n * problem.H + h, seed_low, seed_high, problem, BLOCK_S, BLOCK_L, False)
+            keeps = keeps_of(l, first, n * problem.H + h, seed_low, seed_high, problem.dropped, BLOCK_S, BLOCK_L, False)
             weight = tl.where(keeps, weight, 0.0)
         p, there = _rows(p_value, problem.at_value, first, S, BLOCK_S, problem.EV, BLOCK_V)
         if problem.padding is not None:
@@ -391,7 +350,7 @@ def _repair(
         x, seen, _ = _scores(raw, l[:, None], s[None, :], L, S, left, right, ahead, b, h, slope, problem, True)
         weight = tl.exp2(x - lse[:, None])
         if problem.DROPOUT:
-            keeps = _keeps(l, first, n * problem.H + h, seed_low, seed_high, problem, BLOCK_S, BLOCK_L, False)
+            keeps = keeps_of(l, first, n * problem.H + h, seed_low, seed_high, problem.dropped, BLOCK_S, BLOCK_L, False)
             weight = tl.where(keeps, weight * problem.kept, 0.0)
         v = _load_rows(p_value, problem.at_value, first, S, BLOCK_S, problem.EV, BLOCK_V)
         finite = tl.abs(v.to(tl.float32)) < INF
@@ -459,7 +418,9 @@ def _weights(
         lse = tl.load(p_lse + (b * problem.H + h) * L + l, mask=l < L, other=0.0)
         weight = tl.exp2(x - tl.where(lse == -INF, 0.0, lse)[:, None] * LOG2E)
         if problem.DROPOUT:
-            keeps = _keeps(l, first_s, n * problem.H + h, seed_low, seed_high, problem, BLOCK_S, BLOCK_L, False)
+            keeps = keeps_of(
+                l, first_s, n * problem.H + h, seed_low, seed_high, problem.dropped, BLOCK_S, BLOCK_L, False
+            )
             weight = tl.where(keeps, weight * problem.kept, 0.0)
         sums += weight
     if AVERAGED:
@@ -531,7 +492,7 @@ def _add_query_gradients(
         )
         keeps = None
         if problem.DROPOUT:
-            keeps = _keeps(l, first, n * problem.H + h, seed_low, seed_high, problem, BLOCK_S, BLOCK_L, False)
+            keeps = keeps_of(l, first, n * problem.H + h, seed_low, seed_high, problem.dropped, BLOCK_S, BLOCK_L, False)
         weight = tl.exp2(x - lse[:, None])
         dscore, _ = _score_gradients(
             _dot(dout, tl.trans(v), problem), weight, delta[:, None], keeps, seen, steepness, problem, BOUNDED
@@ -626,7 +587,9 @@ def _add_key_gradients(
         )
         keeps = None
         if problem.DROPOUT:
-            keeps = _keeps(l, first_s, n * problem.H + h, seed_low, seed_high, problem, BLOCK_S, BLOCK_L, True)
+            keeps = keeps_of(
+                l, first_s, n * problem.H + h, seed_low, seed_high, problem.dropped, BLOCK_S, BLOCK_L, True
+            )
         weight = tl.exp2(x - lse[None, :])
         dweight = _dot(v, tl.trans(dout), problem)
         dscore, used = _score_gradients(dweight, weight, delta[None, :], keeps, seen, steepness, problem, BOUNDED)
@@ -765,7 +728,9 @@ def _mask_gradients(
             delta = tl.load(p_delta + row, mask=l < L, other=0.0)
             keeps = None
             if problem.DROPOUT:
-                keeps = _keeps(l, first_s, n * problem.H + h, seed_low, seed_high, problem, BLOCK_S, BLOCK_L, False)
+                keeps = keeps_of(
+                    l, first_s, n * problem.H + h, seed_low, seed_high, problem.dropped, BLOCK_S, BLOCK_L, False
+                )
             v = _load_rows(p_value, problem.at_value, first_s, S, BLOCK_S, problem.EV, BLOCK_V)
             dout = _load_rows(_head(p_dout, at_dout, b, h), at_dout, first_l, L, BLOCK_L, problem.EV, BLOCK_V)
             weight = tl.exp2(x - lse[:, None])
@@ -887,7 +852,7 @@ def _problem(arguments: Arguments) -> tuple[Problem, tuple[int, ...]]:
         scale,
         softcap,
         float(dropped),
-        65536 / (65536 - dropped) if dropped < 65536 else 0.0,
+        kept_factor(p),
         bound(E),
         bound(value.shape[3]),
         bound(H // key.shape[1] if key.shape[1] else 1),
