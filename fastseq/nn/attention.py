@@ -12,6 +12,7 @@ from torch.overrides import has_torch_function
 from fastseq.nn.serving import Served, are_sound
 from fastseq.ops.attention import TABLE, Arguments, attention, compute_dtype, new_seed, wanted_weights
 from fastseq.ops.contract import autocast_dtype, why_torch
+from fastseq.ops.linear import linear
 from fastseq.registry import HALF, Op
 
 # The module's own, as `_Weights` begins.
@@ -101,7 +102,7 @@ class _Call(NamedTuple):
         if given in HALF:  # the op's weights are wider, and out may be
             out, shares = out.to(given), shares.to(given)
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3).contiguous()
-        out = F.linear(out.reshape(query.shape), self.weights.out, self.weights.out_bias)
+        out = linear(out.reshape(query.shape), self.weights.out, self.weights.out_bias)
         if not self.need_weights:
             return out, None
         return out, shares if query.dim() == 3 else shares.squeeze(0)
@@ -156,7 +157,7 @@ class _Call(NamedTuple):
         heads: list[Tensor] = []
         inputs = (query, key, value)[: len(counts)]
         for x, matrix, bias, count in zip(inputs, matrices, _split(weights.bias, counts), counts, strict=True):
-            y = F.linear(x, matrix, bias)
+            y = linear(x, matrix, bias)
             y = y if y.dtype == dtype else y.to(dtype)
             # Not slices, whose gradients would each be as large as y.
             heads += y.view(*x.shape[:-1], count, H, -1).unbind(-3) if count > 1 else [y.view(*x.shape[:-1], H, -1)]

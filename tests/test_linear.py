@@ -1,0 +1,108 @@
+"""Dense layers by oneDNN: the same results as by MKL, whichever is the faster one here."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq.ops import linear as ours
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Products that oneDNN has been given, on a machine that prefers it from the first row on."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch was built without oneDNN")
+    calls: list[tuple[int, ...]] = []
+    product = torch.ops.mkldnn._linear_pointwise.default
+    packet = type(
+        "Packet", (), {"default": staticmethod(lambda x, *rest: (calls.append(x.shape), product(x, *rest))[1])}
+    )
+    monkeypatch.setattr(ours, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(ours, "_WORTHWHILE", 1)
+    monkeypatch.setattr(ours, "_WORTHWHILE_FOR_A_ROW", 1)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", packet)
+    return calls
+
+
+def tensors(*lead: int, K: int = 37, M: int = 50) -> tuple[Tensor, Tensor, Tensor]:
+    made = [torch.randn(size, requires_grad=True) for size in ((*lead, K), (M, K), (M,))]
+    return made[0], made[1], made[2]
+
+
+@pytest.mark.parametrize("lead", [(1,), (5,), (3, 7), (2, 3, 4)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_results_and_gradients_are_torchs(taken: list[tuple[int, ...]], lead: tuple[int, ...], with_bias: bool) -> None:
+    x, weight, bias = tensors(*lead)
+    given = (x, weight, bias) if with_bias else (x, weight)
+    y, expected = ours.linear(*given), F.linear(*given)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    grads = zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, given, dy), strict=True)
+    for got, want in grads:
+        torch.testing.assert_close(got, want)
+    assert len(taken) == 3
+
+
+def test_gradients_of_sums_and_transposes(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = tensors(6, 5)
+    turned = x.transpose(0, 1)
+    for function in (ours.linear, F.linear):
+        function(turned, weight, bias).sum().backward()
+    for t in (x, weight, bias):  # which have been added up
+        assert t.grad is not None
+        torch.testing.assert_close(t.grad, 2 * torch.autograd.grad(F.linear(turned, weight, bias).sum(), t)[0])
+    assert len(taken) == 3
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_activations(taken: list[tuple[int, ...]], activation: str, grad: bool) -> None:
+    expected = {
+        "identity": torch.nn.Identity(),
+        "relu": torch.nn.ReLU(),
+        "gelu": torch.nn.GELU(),
+        "gelu_tanh": torch.nn.GELU("tanh"),
+        "silu": torch.nn.SiLU(),
+    }
+    x, weight, bias = tensors(4, 6)
+    with torch.set_grad_enabled(grad):
+        y = ours.linear(x, weight, bias, activation)
+    torch.testing.assert_close(y, expected[activation](F.linear(x, weight, bias)))
+    assert y.requires_grad == grad and taken
+
+
+def test_second_derivatives() -> None:
+    x, weight, bias = tensors(4)
+    grads = torch.autograd.grad(ours.linear(x, weight, bias).square().sum(), (x, weight), create_graph=True)
+    found = torch.autograd.grad(sum(g.square().sum() for g in grads), (x, weight, bias))
+    theirs = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), (x, weight), create_graph=True)
+    for got, want in zip(
+        found, torch.autograd.grad(sum(g.square().sum() for g in theirs), (x, weight, bias)), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_others_are_torchs(taken: list[tuple[int, ...]]) -> None:
+    x, weight, bias = tensors(4)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ours.linear(x, weight[:, :5], bias)
+    ours.linear(x.double(), weight.double(), bias.double())
+    ours.linear(x[0], weight, bias)
+    ours.linear(x[:0], weight, bias)
+    with torch.autocast("cpu"):
+        assert ours.linear(x, weight, bias).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        ours.linear(x, weight, bias)
+    torch.func.vmap(ours.linear, (0, None, None))(x.unsqueeze(0), weight, bias)
+    compiled = torch.compile(ours.linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))
+    assert not taken
+
+
+def test_little_work_is_torchs(taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(ours, "prefers_onednn", lambda: True)
+    x, weight, bias = tensors(4)
+    assert torch.equal(ours.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert not taken
