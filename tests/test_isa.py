@@ -18,9 +18,17 @@ TESTS = [
     "nan_and_inf",
     "two_python_threads",
     "test_outputs_and_gradients",
+    "test_what_is_not_finite",
     "test_what_no_query_sees",
+    "exact_as_torch",
 ]
-FILES = ["test_recurrent_ops.py", "test_attention_ops.py"]
+FILES = [
+    "test_recurrent_ops.py",
+    "test_attention_ops.py",
+    "test_norm.py",
+    "test_cross_entropy.py",
+    "test_activation.py",
+]
 
 
 def has(isa: str) -> bool:

@@ -18,6 +18,7 @@ from fastseq.ops.contract import (
     is_plain,
     is_transformed,
     needs_graph,
+    new_seed,
     requested,
     rounding,
     why_torch,
@@ -384,11 +385,6 @@ def compute_dtype(given: torch.dtype, query: Tensor, *others: Tensor | None) -> 
 def wanted_weights(wanted: bool, average: bool) -> int:
     """What the op calls the weights that a user asks for."""
     return NO_WEIGHTS if not wanted else AVERAGE if average else EACH_HEAD
-
-
-def new_seed(dropout_p: float) -> Tensor | None:
-    """What dropout draws from, out of torch's default generator of the CPU; None without dropout."""
-    return torch.randint(2**63 - 1, (), device="cpu") if dropout_p > 0 else None
 
 
 def scaled_dot_product_attention(

@@ -95,6 +95,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def new_seed(dropout_p: float) -> Tensor | None:
+    """What dropout draws from, out of torch's default generator of the CPU; None without dropout."""
+    return torch.randint(2**63 - 1, (), device="cpu") if dropout_p > 0 else None
+
+
 def grads_or_none(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:

@@ -79,6 +79,7 @@ def _is_taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         is_plain(x, weight, bias)
         and x.device.type == "cpu"
         and prefers_onednn()
+        and not x.is_nested
         and x.dim() > 1
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]

@@ -1,9 +1,12 @@
 """Which elements dropout keeps: what `fastseq.reference.dropout` draws, on the GPU."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastseq.reference.dropout import PHILOX_ROUNDS
+from fastseq.reference.dropout import PHILOX_ROUNDS, dropped_of, kept_factor
 
 ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 # A column's place among the bits: 16 bits of one of 4 words of 32, 128 columns a block of counters.
@@ -71,3 +74,12 @@ def keeps_of_rows(row, first, seed_low, seed_high, dropped, ROWS: tl.constexpr, 
     w0, w1, w2, w3 = _words(c0, c1, 0, seed_low, seed_high)
     bits = tl.permute(_all_bits(w0, w1, w2, w3), (0, 1, 3, 4, 5, 2))
     return tl.reshape(bits, (ROWS, COLUMNS)).to(tl.float32) >= dropped
+
+
+def options_of(seed: Tensor | None, p: float) -> dict[str, Any]:
+    """What kernels are told about dropout: the seed's halves, what drops, and what is kept is multiplied by."""
+    drawn = 0 if seed is None else int(seed)
+    low, high = (half - (half >> 31 << 32) for half in (drawn & 0xFFFFFFFF, drawn >> 32 & 0xFFFFFFFF))
+    return dict(
+        seed_low=low, seed_high=high, dropped=float(dropped_of(p)), kept=kept_factor(p), DROPOUT=seed is not None
+    )

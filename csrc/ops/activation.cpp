@@ -1,0 +1,136 @@
+// fastseq_native::activation and activation_backward: the contract of fastseq/ops/activation.py for CPU tensors. Half
+// precision is how matrices are stored; everything is computed in float32 then.
+#include "cpu/activation.h"
+
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "ops/tensors.h"
+
+namespace fastseq {
+
+namespace portable {
+extern const ActivationKernels activation_kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const ActivationKernels activation_kernels;
+}
+namespace avx512 {
+extern const ActivationKernels activation_kernels;
+}
+static const ActivationKernels& kernels() {
+  return chosen(portable::activation_kernels, avx2::activation_kernels, avx512::activation_kernels);
+}
+#else
+static const ActivationKernels& kernels() { return portable::activation_kernels; }
+#endif
+
+namespace {
+
+constexpr const char* kName = "activation";
+
+Matrix matrix(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0)}; }
+
+// The tensors of a call in the layout that the kernels read, alive for as long as they run.
+struct ActivationInputs {
+  Tensor x;
+  MaybeTensor up, bias, seed;
+  int64_t kind;
+  double dropout_p;
+  int64_t rows, F;
+  ScalarType given, dtype;  // of x, and what is computed in
+  ScalarType bias_type;
+
+  void prepare() {
+    given = x.scalar_type();
+    const bool half = given == ScalarType::BFloat16 || given == ScalarType::Half;
+    check(x.is_cpu() && (half || given == ScalarType::Float || given == ScalarType::Double), kName, "x",
+          "on the CPU, and float32, float64, bfloat16 or float16");
+    dtype = half ? ScalarType::Float : given;
+    check(x.dim() == 2, kName, "x", "[rows, F]");
+    rows = x.size(0), F = x.size(1);
+    x = laid_out(x, true);
+    if (up) check(*up, kName, "up", {rows, F}, given), *up = laid_out(*up, true);
+    if (bias) {
+      bias_type = bias->scalar_type();
+      check(bias_type == given || bias_type == dtype, kName, "bias", "of x's dtype, or float32 beside half precision");
+      check(*bias, kName, "bias", {F}, bias_type);
+      *bias = bias_type == dtype ? laid_out(*bias) : converted(*bias, dtype);
+    }
+    check(kind >= 0 && kind <= int64_t(Activation::kSilu), kName, "kind", "0 to 4");
+    check_dropout(kName, seed, dropout_p);
+  }
+
+  template <typename Scalar>
+  void fill(ActivationShape<Scalar>& shape) const {
+    shape.rows = rows, shape.F = F;
+    shape.kind = Activation(kind);
+    shape.stored = stored_as(given);
+    shape.x = matrix(x);
+    if (up) shape.up = matrix(*up);
+    if (bias) shape.bias = static_cast<const Scalar*>(bias->const_data_ptr());
+    shape.dropout = dropout_of<Scalar>(seed, dropout_p);
+  }
+};
+
+Tensor activation(Tensor x, MaybeTensor up, MaybeTensor bias, MaybeTensor seed, int64_t kind, double dropout_p) {
+  ActivationInputs in{x, up, bias, seed, kind, dropout_p};
+  in.prepare();
+  Tensor y = empty({in.rows, in.F}, in.given);
+  const auto run = [&](auto zero, auto kernel) {
+    ActivationForward<decltype(zero)> call{};
+    in.fill(call);
+    call.y = matrix(y);
+    kernel(call, threads());
+  };
+  if (in.dtype == ScalarType::Float)
+    run(0.0f, kernels().forward_float);
+  else
+    run(0.0, kernels().forward_double);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> activation_backward(Tensor dy, Tensor x, MaybeTensor up, MaybeTensor bias,
+                                                       MaybeTensor seed, int64_t kind, double dropout_p,
+                                                       std::vector<bool> needs) {
+  ActivationInputs in{x, up, bias, seed, kind, dropout_p};
+  in.prepare();
+  check(dy, kName, "dy", {in.rows, in.F}, in.given);
+  dy = laid_out(dy, true);
+  check(needs.size() == 3, kName, "needs", "a flag for x, up and bias");
+  check((!needs[1] || up) && (!needs[2] || bias), kName, "needs", "false for what is not given");
+  const auto wanted = [&](bool need) { return need ? empty({in.rows, in.F}, in.given) : empty({0}, in.given); };
+  Tensor dx = wanted(needs[0]), dup = wanted(needs[1]),
+         dbias = needs[2] ? empty({in.F}, in.dtype) : empty({0}, in.given);
+  const auto run = [&](auto zero, auto kernel) {
+    using Scalar = decltype(zero);
+    ActivationBackward<Scalar> call{};
+    in.fill(call);
+    call.dy = matrix(dy);
+    if (needs[0]) call.dx = matrix(dx);
+    if (needs[1]) call.dup = matrix(dup);
+    if (needs[2]) call.dbias = static_cast<Scalar*>(dbias.mutable_data_ptr());
+    kernel(call, threads());
+  };
+  if (in.dtype == ScalarType::Float)
+    run(0.0f, kernels().backward_float);
+  else
+    run(0.0, kernels().backward_double);
+  if (needs[2] && in.bias_type != in.dtype) dbias = converted(dbias, in.bias_type);
+  return {dx, dup, dbias};
+}
+
+}  // namespace
+}  // namespace fastseq
+
+#define FASTSEQ_ACTIVATION_ARGUMENTS "Tensor x, Tensor? up, Tensor? bias, Tensor? seed, int kind, float dropout_p"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_native, m) {
+  m.def("activation(" FASTSEQ_ACTIVATION_ARGUMENTS ") -> Tensor");
+  m.def("activation_backward(Tensor dy, " FASTSEQ_ACTIVATION_ARGUMENTS ", bool[] needs) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
+  m.impl("activation", TORCH_BOX(&fastseq::activation));
+  m.impl("activation_backward", TORCH_BOX(&fastseq::activation_backward));
+}

@@ -1,0 +1,176 @@
+// fastseq_native::norm and norm_backward: the contract of fastseq/ops/norm.py for CPU tensors. Half precision is how x,
+// residual, y, total and their gradients are stored; everything else is float32 then.
+#include "cpu/norm.h"
+
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "ops/tensors.h"
+
+namespace fastseq {
+
+namespace portable {
+extern const NormKernels norm_kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const NormKernels norm_kernels;
+}
+namespace avx512 {
+extern const NormKernels norm_kernels;
+}
+static const NormKernels& kernels() { return chosen(portable::norm_kernels, avx2::norm_kernels, avx512::norm_kernels); }
+#else
+static const NormKernels& kernels() { return portable::norm_kernels; }
+#endif
+
+namespace {
+
+constexpr const char* kName = "norm";
+
+// What both directions are given, in the layout that the kernels read, alive for as long as they run.
+struct NormInputs {
+  Tensor x;  // or in its place what backward reads, total
+  MaybeTensor weight, seed;
+  int64_t kind;
+  double dropout_p;
+  int64_t rows, E;
+  ScalarType given, dtype;  // of x, and what is computed in
+  ScalarType weights;       // of weight as it was given, of x if there is none
+
+  void prepare(const char* name) {
+    given = x.scalar_type();
+    const bool half = given == ScalarType::BFloat16 || given == ScalarType::Half;
+    check(half || given == ScalarType::Float || given == ScalarType::Double, kName, name,
+          "float32, float64, bfloat16 or float16");
+    dtype = half ? ScalarType::Float : given;
+    check(x.dim() == 2 && x.size(1) > 0, kName, name, "[rows, E] with at least one column");
+    rows = x.size(0), E = x.size(1);
+    check_rows(x, name);
+    check(kind >= 0 && kind <= 2, kName, "kind", "0, 1 or 2");
+    check_dropout(kName, seed, dropout_p);
+    weights = weight ? weight->scalar_type() : given;
+    check_columns(weight, "weight");
+  }
+
+  // [rows, E] like x, whose rows may have any stride.
+  void check_rows(Tensor& t, const char* name) const {
+    check(t, kName, name, {rows, E}, given);
+    t = laid_out(t, true);
+  }
+  void check_rows(MaybeTensor& t, const char* name) const {
+    if (t) check_rows(*t, name);
+  }
+
+  // [E], which becomes what is computed in.
+  void check_columns(MaybeTensor& t, const char* name) const {
+    if (!t) return;
+    check(t->scalar_type() == dtype || t->scalar_type() == given, kName, name,
+          "of x's dtype, or float32 beside half precision");
+    check(*t, kName, name, {E}, t->scalar_type());
+    t = t->scalar_type() == dtype ? laid_out(*t) : converted(*t, dtype);
+  }
+
+  static Rows rows_of(const Tensor& t) {
+    if (!t.numel()) return {};
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0)};
+  }
+  static Rows rows_of(const MaybeTensor& t) { return t ? rows_of(*t) : Rows{}; }
+
+  template <typename Scalar>
+  void fill(NormShape<Scalar>& shape) const {
+    shape.rows = rows, shape.E = E, shape.kind = NormKind(kind), shape.stored = stored_as(given);
+    shape.dropout = dropout_of<Scalar>(seed, dropout_p);
+    shape.weight = columns_of<Scalar>(weight);
+  }
+
+  template <typename Scalar>
+  static const Scalar* columns_of(const MaybeTensor& t) {
+    return t ? static_cast<const Scalar*>(t->const_data_ptr()) : nullptr;
+  }
+};
+
+template <typename Scalar>
+Scalar* data_of(const Tensor& t) {
+  return t.numel() ? static_cast<Scalar*>(t.mutable_data_ptr()) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm(Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bias,
+                                                MaybeTensor seed, int64_t kind, double eps, double dropout_p,
+                                                bool save_total) {
+  NormInputs in{x, weight, seed, kind, dropout_p};
+  in.prepare("x");
+  in.check_rows(residual, "residual"), in.check_columns(bias, "bias");
+  const auto [rows, E] = std::tuple(in.rows, in.E);
+  const bool normalised = kind != int64_t(NormKind::kNone), totalled = save_total && (residual || dropout_p > 0);
+  const auto there = [&](bool wanted) { return wanted ? empty({rows}, in.dtype) : empty({0}, in.dtype); };
+  Tensor y = normalised ? empty({rows, E}, in.given) : empty({0}, in.given);
+  Tensor total = totalled ? empty({rows, E}, in.given) : empty({0}, in.given);
+  Tensor mean = there(kind == int64_t(NormKind::kLayer)), rstd = there(normalised);
+  const auto run = [&](auto zero, auto kernel) {
+    using Scalar = decltype(zero);
+    NormForward<Scalar> call{};
+    in.fill(call);
+    call.x = NormInputs::rows_of(in.x), call.residual = NormInputs::rows_of(residual);
+    call.bias = NormInputs::columns_of<Scalar>(bias), call.eps = Scalar(eps);
+    call.y = NormInputs::rows_of(y), call.total = NormInputs::rows_of(total);
+    call.mean = data_of<Scalar>(mean), call.rstd = data_of<Scalar>(rstd);
+    if (rows > 0 && (normalised || totalled)) kernel(call, threads());
+  };
+  if (in.dtype == ScalarType::Float)
+    run(0.0f, kernels().forward_float);
+  else
+    run(0.0, kernels().forward_double);
+  return {y, total, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(MaybeTensor dy, MaybeTensor dtotal, Tensor total,
+                                                         MaybeTensor weight, MaybeTensor seed, Tensor mean, Tensor rstd,
+                                                         int64_t kind, double dropout_p, std::vector<bool> needs) {
+  NormInputs in{total, weight, seed, kind, dropout_p};
+  in.prepare("total");
+  in.check_rows(dy, "dy"), in.check_rows(dtotal, "dtotal");
+  const auto [rows, E] = std::tuple(in.rows, in.E);
+  check(needs.size() == 4, kName, "needs", "a flag for x, residual, weight and bias");
+  check(!dy || kind != int64_t(NormKind::kNone), kName, "dy", "left out without a kind");
+  if (!dy) in.kind = int64_t(NormKind::kNone);  // what is left is to hand on dtotal
+  if (in.kind != int64_t(NormKind::kNone)) check(rstd, kName, "rstd", {rows}, in.dtype), rstd = laid_out(rstd);
+  if (in.kind == int64_t(NormKind::kLayer)) check(mean, kName, "mean", {rows}, in.dtype), mean = laid_out(mean);
+  const auto like_rows = [&](bool need) { return need ? empty({rows, E}, in.given) : empty({0}, in.given); };
+  const auto like_columns = [&](bool need) { return need ? empty({E}, in.dtype) : empty({0}, in.dtype); };
+  Tensor dx = like_rows(needs[0]), dresidual = like_rows(needs[1]);
+  Tensor dweight = like_columns(needs[2]), dbias = like_columns(needs[3]);
+  const auto run = [&](auto zero, auto kernel) {
+    using Scalar = decltype(zero);
+    NormBackward<Scalar> call{};
+    in.fill(call);
+    call.dy = NormInputs::rows_of(dy), call.dtotal = NormInputs::rows_of(dtotal);
+    call.total = NormInputs::rows_of(in.x);
+    call.mean = data_of<const Scalar>(mean), call.rstd = data_of<const Scalar>(rstd);
+    call.dx = NormInputs::rows_of(dx), call.dresidual = NormInputs::rows_of(dresidual);
+    call.dweight = data_of<Scalar>(dweight), call.dbias = data_of<Scalar>(dbias);
+    kernel(call, threads());
+  };
+  if (in.dtype == ScalarType::Float)
+    run(0.0f, kernels().backward_float);
+  else
+    run(0.0, kernels().backward_double);
+  if (in.weights != in.dtype) dweight = converted(dweight, in.weights), dbias = converted(dbias, in.weights);
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace fastseq
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_native, m) {
+  m.def(
+      "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, int kind, float eps,"
+      " float dropout_p, bool save_total) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_backward(Tensor? dy, Tensor? dtotal, Tensor total, Tensor? weight, Tensor? seed, Tensor mean, Tensor rstd,"
+      " int kind, float dropout_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
+  m.impl("norm", TORCH_BOX(&fastseq::norm));
+  m.impl("norm_backward", TORCH_BOX(&fastseq::norm_backward));
+}
