@@ -60,6 +60,7 @@ class Job:
         ours: fastseq's.
         threads: what everyone gets.
         plain: what the peer `plain` does.
+        transformers: makes the call of the peer `transformers`, a model like the task's of Hugging Face's.
         onnx_model: makes the task as a serialised ONNX model, whose inputs have the task's names.
         random: results are drawn: fastseq's must be those of its own reference with the same seed, everyone
             else's must be of the same size.
@@ -69,6 +70,7 @@ class Job:
     ours: Task
     threads: int
     plain: Task | None = None
+    transformers: Callable[[], "Call"] | None = None
     onnx_model: Callable[[], bytes] | None = None
     random: bool = False
 
@@ -122,6 +124,12 @@ def plain_call(job: Job) -> Call:
     if job.plain is None:
         raise AbsentError("-")
     return call_of(fastseq.accelerate(job.plain.layer), job.plain)
+
+
+def transformers_call(job: Job) -> Call:
+    if job.transformers is None:
+        raise AbsentError("-")
+    return job.transformers()
 
 
 def compile_call(job: Job) -> Call:
@@ -233,6 +241,7 @@ FASTSEQ = Peer("fastseq", fastseq_call)
 PEERS = [
     Peer("torch", torch_call),
     Peer("plain", plain_call, same=False),
+    Peer("transformers", transformers_call, requires=("transformers",), same=False),
     Peer("torch.compile", compile_call),
     Peer("onnxruntime", onnxruntime_call, ("inference",), ("onnx", "onnxruntime"), alone=True),
     Peer("openvino", openvino_call, ("inference",), ("onnx", "openvino"), alone=True),

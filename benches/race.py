@@ -37,8 +37,8 @@ SETTLE_S = 0.05
 
 # Sums of up to T*B terms in another order than the exact ones: relative to the largest element of a tensor.
 RTOL, ATOL = 1e-4, 2e-5
-# Between root mean squares of two draws of at least 100,000 elements.
-RANDOM_RTOL = 0.02
+# Between root mean squares of two draws of so many elements; of fewer, they are further apart.
+RANDOM_RTOL, RANDOM_COUNT = 0.02, 100_000
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ def job_of(case: Any, training: bool, threads: int) -> Job:
         ours,
         threads,
         plain=case.plain(training) if hasattr(case, "plain") else None,
+        transformers=getattr(case, "transformers", None),
         onnx_model=getattr(case, "onnx_model", None),
         random=getattr(case, "random", False),
     )
@@ -216,7 +217,8 @@ def assert_same_size(got: torch.Tensor, want: torch.Tensor, message: str) -> Non
     """For two draws of the same distribution: shapes and root mean squares."""
     assert got.shape == want.shape, f"{message} Its shape is {list(got.shape)}, not {list(want.shape)}."
     sizes = [x.square().mean().sqrt().item() for x in (got, want)]
-    assert math.isclose(*sizes, rel_tol=RANDOM_RTOL), f"{message} Its root mean square is {sizes[0]}, not {sizes[1]}."
+    rtol = RANDOM_RTOL * max(1.0, math.sqrt(RANDOM_COUNT / max(1, got.numel())))
+    assert math.isclose(*sizes, rel_tol=rtol), f"{message} Its root mean square is {sizes[0]}, not {sizes[1]}."
 
 
 def time_alone(peer: Peer, job: Job, expected: Sequence[torch.Tensor], effort: Effort) -> list[float]:

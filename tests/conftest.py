@@ -31,6 +31,15 @@ def threads(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def no_fast_path():
+    """torch's own paths for evaluation without gradients are closed: it computes what it is documented to."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
     """What has reached attention's op from the function."""
     calls: list[Arguments] = []

@@ -89,7 +89,8 @@ def test_filter() -> None:
     assert type(model.decoder["lstm"]) is nn.LSTM
 
 
-def test_explain_tells_who_serves_and_why_not() -> None:
+def test_explain_tells_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fastseq.accelerate"], "prefers_onednn", lambda: False)
     model = nn.ModuleDict(
         {
             "plain": nn.LSTM(3, 4),

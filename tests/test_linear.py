@@ -1,10 +1,13 @@
 """Dense layers by oneDNN: the same results as by MKL, whichever is the faster one here."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastseq
 from fastseq.ops import linear as ours
 
 
@@ -106,3 +109,18 @@ def test_little_work_is_torchs(taken: list[tuple[int, ...]], monkeypatch: pytest
     x, weight, bias = tensors(4)
     assert torch.equal(ours.linear(x, weight, bias), F.linear(x, weight, bias))
     assert not taken
+
+
+def test_accelerate_swaps_dense_layers_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pays in (True, False):
+        monkeypatch.setattr(sys.modules["fastseq.accelerate"], "prefers_onednn", lambda pays=pays: pays)
+        model = nn.Sequential(nn.Linear(37, 50), nn.LSTM(50, 3))
+        x, keys = torch.randn(4, 37), list(model.state_dict())
+        want = model[0](x)
+        fastseq.accelerate(model)
+        assert (type(model[0]) is fastseq.nn.Linear) == pays and list(model.state_dict()) == keys
+        torch.testing.assert_close(model[0](x), want)
+        rows = {row.layer: row.served_by for row in fastseq.explain(model).rows}
+        assert rows.get("(1 dense layers)") == ("torch's oneDNN" if pays else None)
+        assert torch.jit.script(fastseq.accelerate(nn.Sequential(nn.Linear(3, 2))))(x[:, :3]).shape == (4, 2)
+        assert type(fastseq.restore(model)[0]) is nn.Linear

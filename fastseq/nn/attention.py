@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
 from fastseq.nn.serving import Served, are_sound
-from fastseq.ops.attention import TABLE, Arguments, attention, compute_dtype, new_seed, wanted_weights
-from fastseq.ops.contract import autocast_dtype, why_torch
+from fastseq.ops.attention import TABLE, Arguments, attention, compute_dtype, wanted_weights
+from fastseq.ops.contract import autocast_dtype, new_seed, why_torch
 from fastseq.ops.linear import linear
 from fastseq.registry import HALF, Op
 

@@ -55,10 +55,15 @@ class Served(torch.nn.Module):
         """The table of the op that serves this module."""
         raise NotImplementedError  # each module names its own
 
+    @property
+    def example(self) -> Tensor:
+        """A tensor on the device and of the dtype on which it depends what serves this module."""
+        return next(self.parameters())
+
     def why_torch(self) -> str | None:
         """Why this module takes torch's path whatever its input, or None."""
-        weight = next(self.parameters())
-        return why_torch(self.table, weight.device.type, weight.dtype)
+        example = self.example
+        return why_torch(self.table, example.device.type, example.dtype)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script compiles in place of this module: torch's own, which shares everything with it."""

@@ -1,0 +1,20 @@
+"""Dense layers on the faster of torch's libraries."""
+
+import torch
+from torch import Tensor
+
+from fastseq.nn.serving import Served
+from fastseq.ops.linear import linear
+
+
+class Linear(Served, torch.nn.Linear):
+    """Drop-in for `torch.nn.Linear`: the same arguments, parameters, results and errors.
+
+    `accelerate` makes a model's dense layers such where torch's default library is the slower one: on AMD's CPUs with
+    AVX-512 (see `fastseq.ops.linear`). Elsewhere it does what torch's does.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., out_features] of input [..., in_features]."""
+        node = None if type(input) is Tensor else self._node(input)
+        return linear(input, self.weight, self.bias) if node is None else node
