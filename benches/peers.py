@@ -48,7 +48,8 @@ class Task:
         outputs = ["y", "weights"][: self.outputs]
         if self.dy is None:
             return outputs
-        return [*outputs, *(f"d{name}" for name in (*self.inputs, *dict(self.layer.named_parameters())))]
+        trained = [name for name, parameter in self.layer.named_parameters() if parameter.requires_grad]
+        return [*outputs, *(f"d{name}" for name in (*self.inputs, *trained))]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def call_of(module: Callable[..., Any], task: Task) -> Call:
         return lambda: module(*inputs)[: task.outputs]
     leaves = [x.detach().clone().requires_grad_() for x in task.inputs.values()]
     count = len(leaves)
-    leaves += task.layer.parameters()
+    leaves += [parameter for parameter in task.layer.parameters() if parameter.requires_grad]
 
     def step() -> list[Tensor | None]:
         for leaf in leaves:

@@ -23,7 +23,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     )
     monkeypatch.setattr(ours, "prefers_onednn", lambda: True)
     monkeypatch.setattr(ours, "_WORTHWHILE", 1)
-    monkeypatch.setattr(ours, "_WORTHWHILE_FOR_A_ROW", 1)
+    monkeypatch.setattr(ours, "WORTHWHILE_FOR_A_ROW", 1)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", packet)
     return calls
 

@@ -1,10 +1,11 @@
 """Dense layers on the faster of torch's libraries."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.nn.serving import Served
-from fastseq.ops.linear import linear
+from fastseq.ops.linear import WORTHWHILE_FOR_A_ROW, linear
 
 
 class Linear(Served, torch.nn.Linear):
@@ -16,5 +17,9 @@ class Linear(Served, torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., out_features] of input [..., in_features]."""
-        node = None if type(input) is Tensor else self._node(input)
-        return linear(input, self.weight, self.bias) if node is None else node
+        if type(input) is not Tensor:
+            node = self._node(input)
+            return linear(input, self.weight, self.bias) if node is None else node
+        if input.numel() * self.out_features < WORTHWHILE_FOR_A_ROW:  # sparing small layers all other questions
+            return F.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)

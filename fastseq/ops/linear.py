@@ -15,7 +15,7 @@ from torch import Tensor
 from fastseq.ops.contract import is_plain, is_transformed, needs_graph
 
 # Multiply-adds from which oneDNN is ahead, which takes 15 us to get going; with one row, where it reads weights faster.
-_WORTHWHILE, _WORTHWHILE_FOR_A_ROW = 8 << 20, 1 << 20
+_WORTHWHILE, WORTHWHILE_FOR_A_ROW = 8 << 20, 1 << 20
 # Activations that it applies to the product, by the op's names, and its variants of them.
 _EPILOGUES = {
     "identity": ("none", ""),
@@ -95,7 +95,7 @@ def _is_taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
     """Of rows x [rows, K]."""
     rows, size = len(x), weight.numel()
-    if size * rows >= (_WORTHWHILE if rows > 1 else _WORTHWHILE_FOR_A_ROW):
+    if size * rows >= (_WORTHWHILE if rows > 1 else WORTHWHILE_FOR_A_ROW):
         epilogue, variant = _EPILOGUES[activation]
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, epilogue, [], variant)
     return _ACTIVATIONS[activation](F.linear(x, weight, bias))
