@@ -612,3 +612,11 @@ def test_a_loss_is_explained_where_nothing_serves_it() -> None:
     loss = fastseq.nn.CrossEntropyLoss(weight=torch.ones(5, device="meta"))
     assert fastseq.explain(loss).rows[0].served_by == "torch"
     assert fastseq.explain(nn.CrossEntropyLoss()).rows[0].note.startswith("not accelerated")
+
+
+def test_few_logits_are_torchs(served: list[Arguments], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastseq.ops.cross_entropy.LEAST_LOGITS", 60)
+    target = torch.randint(5, (11,))
+    for logits in (torch.randn(11, 5), torch.randn(11, 6), torch.randn(11, 5, dtype=torch.bfloat16)):
+        fastseq.functional.cross_entropy(logits, target, reduction="sum")
+    assert [arguments.logits.shape[1] for arguments in served] == [6, 5]
