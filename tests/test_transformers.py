@@ -524,25 +524,6 @@ def test_a_transformers_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None
     assert type(fastseq.restore(holder)["lstm"]) is nn.LSTM
 
 
-README = """
-model = fastseq.accelerate(AutoModelForCausalLM.from_pretrained(name))  # with any model of Hugging Face transformers
-
-register()  # or, from fastseq.integrations.transformers, this, and then
-model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastseq")
-"""
-
-
-def test_readme(tmp_path: Any) -> None:
-    build(llama).save_pretrained(tmp_path)
-    names: dict[str, Any] = dict(fastseq=fastseq, name=tmp_path, register=register)
-    names["AutoModelForCausalLM"] = hf.AutoModelForCausalLM
-    for lines in README.strip().split("\n\n"):
-        names.pop("model", None)
-        exec(lines, names)
-        assert fastseq.explain(names["model"]).rows[0].type == "LlamaForCausalLM"
-        assert names["model"].config._attn_implementation == "fastseq"
-
-
 def test_transformers_is_not_imported() -> None:
     code = """
 import sys, torch, fastseq
