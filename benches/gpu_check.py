@@ -206,26 +206,33 @@ class Layer:
     def op(self) -> str:
         return self.kind
 
+    @property
+    def is_recurrent(self) -> bool:
+        return self.kind in ("LSTM", "GRU", "RNN")
+
     def small(self) -> "Layer":
-        heads = self.H if self.kind == "MultiheadAttention" else 16
+        heads = 16 if self.is_recurrent else self.H
         return Layer(**{**asdict(self), "B": 2, "T": 8, "I": 16 if heads == 16 else self.I, "H": heads})
 
     def inputs(self, device: str) -> list[Tensor]:
         shape = (self.B, self.T, self.I)
         inputs = [torch.randn(shape, device=device, dtype=self.dtype)]
         if self.training:
-            width = self.I if self.kind == "MultiheadAttention" else self.H
+            width = self.H if self.is_recurrent else self.I
             inputs.append(torch.randn(self.B, self.T, width, device=device, dtype=self.dtype))
         return inputs
 
     @cache  # noqa: B019  (a handful of cases)
     def _layer(self, device: str) -> nn.Module:
         torch.manual_seed(0)
-        return getattr(nn, self.kind)(self.I, self.H, batch_first=True).to(device, self.dtype).train(self.training)
+        layer = getattr(nn, self.kind)(self.I, self.H, batch_first=True, dropout=0.0)
+        return layer.to(device, self.dtype).train(self.training)
 
     def _call(self, layer: nn.Module, inputs: list[Tensor]) -> Call:
         def forward(x: Tensor) -> Tensor:
-            return (layer(x, x, x, need_weights=False) if self.kind == "MultiheadAttention" else layer(x))[0]
+            if self.kind == "MultiheadAttention":
+                return layer(x, x, x, need_weights=False)[0]
+            return layer(x)[0] if self.is_recurrent else layer(x)
 
         if not self.training:
             return lambda: [forward(inputs[0])]
@@ -250,6 +257,67 @@ class Layer:
         return self._call(wide, [t.double() for t in inputs])()
 
 
+@dataclass(frozen=True)
+class Fused:
+    """What lies between a transformer's dense layers, on [rows, columns]: gelu(x + bias), dropped, or
+    layer_norm(residual + x), x dropped, or the mean of cross entropies.
+    """
+
+    op: str
+    rows: int
+    columns: int
+    dtype: torch.dtype = torch.bfloat16
+    training: bool = False
+    dropout: float = 0.0
+
+    def small(self) -> "Fused":
+        return Fused(**{**asdict(self), "rows": 7, "columns": 40})
+
+    def inputs(self, device: str) -> list[Tensor]:
+        kind = dict(device=device, dtype=self.dtype)
+        x, other = torch.randn(2, self.rows, self.columns, **kind).unbind()
+        if self.op == "cross_entropy":
+            return [x, torch.randint(self.columns, (self.rows,), device=device)]
+        parameters = torch.randn(2, self.columns, **kind).unbind()
+        return [x, parameters[0], other] if self.op == "activation" else [x, other, *parameters, torch.randn_like(x)]
+
+    def _ours(self, *inputs: Tensor) -> Tensor:
+        from fastseq.functional import add_norm, bias_activation, cross_entropy
+
+        if self.op == "cross_entropy":
+            return cross_entropy(*inputs)
+        if self.op == "activation":
+            return bias_activation(*inputs, activation="gelu", dropout_p=self.dropout)
+        return add_norm(*inputs, dropout_p=self.dropout)
+
+    def _torchs(self, x: Tensor, other: Tensor, *rest: Tensor) -> Tensor:
+        if self.op == "cross_entropy":
+            return F.cross_entropy(x, other)
+        if self.op == "activation":
+            return F.dropout(F.gelu(x + other), self.dropout)
+        return F.layer_norm(other + F.dropout(x, self.dropout), x.shape[1:], *rest)
+
+    def _call(self, function: Callable[..., Tensor], inputs: list[Tensor]) -> Call:
+        if self.op == "cross_entropy":
+            x, target = inputs
+            return step(function, [x], [target], x.new_ones(()) if self.training else None)
+        *leaves, dout = inputs
+        return step(function, leaves, [], dout) if self.training else lambda: [function(*leaves)]
+
+    def contestants(self, device: str) -> dict[str, Callable[[list[Tensor]], Call]]:
+        return {OURS: partial(self._call, self._ours), "torch": partial(self._call, self._torchs)}
+
+    def exact(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        import fastseq
+
+        wide = [t.double() if t.is_floating_point() else t for t in inputs]
+        if not self.dropout:
+            return self._call(self._torchs, wide)()
+        torch.manual_seed(SEED)
+        with fastseq.use_backend("reference"):
+            return self._call(self._ours, wide)()
+
+
 def cases() -> list[Case]:
     both: list[Case] = []
     for training in (False, True):
@@ -268,6 +336,12 @@ def cases() -> list[Case]:
             Attention(4, 16, 1024, 64, training=training, bias=True),
             Layer("MultiheadAttention", 64, 256, 512, 8, training=training),
             Layer("MultiheadAttention", 64, 64, 512, 8, training=training),
+            Layer("TransformerEncoderLayer", 64, 64, 512, 8, training=training),
+            Layer("TransformerEncoderLayer", 8, 1024, 1024, 16, training=training),
+            Fused("activation", 16384, 4096, training=training, dropout=0.1 * training),
+            Fused("norm", 16384, 1024, training=training, dropout=0.1 * training),
+            Fused("norm", 4096, 8192, training=training),
+            Fused("cross_entropy", 8192, 32000, training=training),
         ]
         for kind in ("LSTM", "GRU", "RNN"):
             for dtype in (torch.bfloat16, torch.float32):
