@@ -31,7 +31,7 @@ def timed(
     handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.no_grad():
-            model(*example if isinstance(example, tuple) else (example,))
+            model(*example if type(example) is tuple else (example,))
     finally:
         for handle in handles:
             handle.remove()

@@ -139,6 +139,13 @@ def test_explanation_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called
 
 
+def test_a_packed_sequence_is_one_example() -> None:
+    layer = fastseq.nn.LSTM(3, 4)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    for example in (packed, (packed, None)):
+        assert fastseq.explain(layer, profile=example).rows[0].milliseconds is not None
+
+
 @pytest.mark.parametrize("function", [fastseq.accelerate, fastseq.restore, fastseq.explain])
 def test_not_a_module(function) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):

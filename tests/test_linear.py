@@ -86,6 +86,7 @@ def test_second_derivatives() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_others_are_torchs(taken: list[tuple[int, ...]]) -> None:
     x, weight, bias = tensors(4)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -97,6 +98,16 @@ def test_others_are_torchs(taken: list[tuple[int, ...]]) -> None:
         assert ours.linear(x, weight, bias).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         ours.linear(x, weight, bias)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    for asked_for in ("bf16", "tf32"):
+        torch.backends.mkldnn.matmul.fp32_precision = asked_for
+        try:
+            assert torch.equal(ours.linear(x, weight, bias), F.linear(x, weight, bias))
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = precision
+    with torch.no_grad():
+        sparse = weight.to_sparse_csr()
+        torch.testing.assert_close(ours.linear(x, sparse, bias), F.linear(x, weight, bias))
     torch.func.vmap(ours.linear, (0, None, None))(x.unsqueeze(0), weight, bias)
     compiled = torch.compile(ours.linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))

@@ -389,6 +389,8 @@ def test_errors_are_torchs(name: str) -> None:
         ([x[0, 0] for x in args], {}),
         ([args[0][:2], *args[1:]] if len(args) > 1 else [args[0][None]], {}),
         ([None for _ in args], {}),
+        ([args[0], *(None for _ in args[1:])] if len(args) > 1 else [None], {}),
+        (args, {padding: [True]}),
         ([], {}),
     ]
     for given, options in bad:
@@ -813,6 +815,7 @@ def _set(name: str, value: Any) -> Callable[[Any], Any]:
         (_set("self_attn", fastseq.nn.MultiheadAttention(E, H, add_bias_kv=True)), "self_attn with kdim"),
         (_set("multihead_attn", nn.Identity()), "multihead_attn that is a Identity"),
         (lambda layer: layer.self_attn.register_forward_hook(print), "hooks on its self_attn"),
+        (lambda layer: setattr(layer.self_attn, "forward", print), "self_attn, or a forward of its own"),
     ],
 )
 def test_layers_that_a_cache_does_not_go_through(change: Callable, match: str) -> None:
@@ -947,6 +950,53 @@ def test_hooks_on_the_only_layer_of_a_stack_run() -> None:
     with torch.no_grad():
         ours(rows(L)), ours(rows(L), cache=KVCache())
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("part", ["self_attn", "norm1", "dropout1", "linear1", "activation", "linear2", "", "norm"])
+def test_forwards_that_were_set_on_a_module_run(part: str) -> None:
+    """As libraries set them that move weights about, or watch what goes through."""
+    ours = build(fastseq.nn, "TransformerEncoder", batch_first=True, activation=nn.GELU())
+    module = ours.norm if part == "norm" else ours.layers[1].get_submodule(part)
+    calls, forward = [], module.forward
+    module.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+    for options in ({}, dict(src_key_padding_mask=PADS)):
+        ours(rows(L), **options)
+    assert len(calls) == 2
+    told = {row.layer: row.note for row in fastseq.explain(ours).rows}["layers.1"]
+    assert ("a forward of its own" in told or "its activation has no kernel" in told) == (part not in ("", "norm"))
+
+
+def test_attentions_of_two_orders_go_through_the_modules() -> None:
+    theirs, ours = pair("TransformerEncoder", batch_first=True)
+    theirs.layers[1].self_attn.batch_first = ours.layers[1].self_attn.batch_first = False
+    x, given = rows(L), dict(src_key_padding_mask=PADS[:, :N].expand(N, N))
+    x = x[:, :N]
+    torch.testing.assert_close(present(ours(x, **given), given), present(theirs(x, **given), given))
+
+
+def test_a_module_that_was_taken_out_may_be_any_function() -> None:
+    theirs, ours = pair("TransformerEncoderLayer", batch_first=True)
+    for layer in (theirs, ours):
+        del layer.dropout1
+        layer.dropout1 = torch.tanh
+    (x,) = inputs("TransformerEncoderLayer")
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_decoders_see_what_is_left_out_of_the_source_only() -> None:
+    theirs, ours = pair("Transformer", batch_first=True)
+    (src, tgt), given = inputs("Transformer"), dict(src_key_padding_mask=MEMORY_PADS)
+    want = theirs(src, tgt, **given)
+    torch.testing.assert_close(ours(src, tgt, **given), want)
+    with torch.device("cpu"):
+        torch.testing.assert_close(ours(src, tgt, **given), want)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(src, tgt, **given), want)
+    called = torch.func.vmap(lambda src, tgt: ours(src, tgt, **given))
+    torch.testing.assert_close(called(src[None], tgt[None])[0], want)
+    meta = copy.deepcopy(ours).to("meta")
+    pads = dict(src_key_padding_mask=MEMORY_PADS.to("meta"), memory_key_padding_mask=MEMORY_PADS.to("meta"))
+    assert meta(src.to("meta"), tgt.to("meta"), **pads).shape == want.shape
 
 
 @pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])

@@ -21,7 +21,7 @@ from fastseq.ops import attention as attention_op
 from fastseq.ops import norm as norm_op
 from fastseq.ops.activation import activation, kind_of
 from fastseq.ops.attention import attention, compute_dtype
-from fastseq.ops.contract import autocast_dtype, is_plain, needs_graph, new_seed, why_torch
+from fastseq.ops.contract import autocast_dtype, has_hooks, is_plain, needs_graph, new_seed, why_torch
 from fastseq.ops.linear import linear
 from fastseq.ops.norm import KINDS, Arguments, norm
 
@@ -194,7 +194,7 @@ def decoder(
         return None
     batch_first = layers[0].self_attn.batch_first
     batch = 0 if batch_first else 1
-    if memory.dim() != 3 or memory.shape[batch] != x.shape[batch] or 0 in memory.shape:
+    if memory is None or memory.dim() != 3 or memory.shape[batch] != x.shape[batch] or 0 in memory.shape:
         return None
     is_bound = _is_bound(mask, is_causal, x, batch_first) and memory_mask is None and not memory_is_causal
     if is_bound and _are_worth_packing(batch_first, (x, padding), (memory, memory_padding)):
@@ -236,6 +236,8 @@ def is_fused(layers: Sequence[Any], last: nn.Module | None, x: Any, *others: Any
         return False
     if any(why_modules(layer) is not None or layer.norm_first != layers[0].norm_first for layer in layers):
         return False
+    if len({layer._modules[name].batch_first for layer in layers for name in layer.attentions}) > 1:
+        return False
     E = layers[0].self_attn.embed_dim
     if last is not None and (type(last) is not nn.LayerNorm or has_hooks(last) or last.normalized_shape != (E,)):
         return False
@@ -265,11 +267,11 @@ def why_modules(layer: Any) -> str | None:
     for i in range(1, len(layer.attentions) + 2):
         parts += [(f"norm{i}", norm), (f"dropout{i}", dropout)]
     for name, kinds in parts:
-        part = layer._modules[name]
+        part = layer._modules.get(name)
         if type(part) not in kinds:
             return f"its {name} is a {type(part).__module__}.{type(part).__qualname__}"
         if has_hooks(part):
-            return f"its {name} has a hook"
+            return f"its {name} has a hook or a forward of its own"
         if norm is kinds and part.normalized_shape != (layer.self_attn.embed_dim,):
             return f"its {name} is over {list(part.normalized_shape)}"
     for name in layer.attentions:
@@ -277,7 +279,7 @@ def why_modules(layer: Any) -> str | None:
         if not part._qkv_same_embed_dim or part.bias_k is not None or part.add_zero_attn:
             return f"its {name} has kdim, vdim, add_bias_kv or add_zero_attn"
         if type(part.out_proj) is not NonDynamicallyQuantizableLinear or has_hooks(part.out_proj):
-            return f"its {name}.out_proj has a hook or another class"
+            return f"its {name}.out_proj has a hook, a forward of its own or another class"
     if kind_of(layer.activation) is None:
         return "its activation has no kernel"
     return None
@@ -287,12 +289,6 @@ _BLOCKS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.TransformerEncoderLayer: ("_sa_block", "_ff_block"),
     nn.TransformerDecoderLayer: ("_sa_block", "_mha_block", "_ff_block"),
 }
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _weights(layer: Any) -> Iterator[Tensor | None]:

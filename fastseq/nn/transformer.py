@@ -14,7 +14,7 @@ from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.cache import KVCache, LayerCache
 from fastseq.nn.serving import Served
 from fastseq.ops.attention import TABLE
-from fastseq.ops.contract import is_plain
+from fastseq.ops.contract import has_hooks, is_plain
 from fastseq.registry import Op
 
 
@@ -213,7 +213,7 @@ class _Stack(Served):
     def _are(self, kind: Any) -> bool:
         """Whether all layers are of this kind of ours, with its forward and without hooks."""
         return all(
-            isinstance(layer, kind) and type(layer).forward is kind.forward and not block.has_hooks(layer)
+            isinstance(layer, kind) and type(layer).forward is kind.forward and not has_hooks(layer)
             for layer in self.layers
         )
 
@@ -496,11 +496,13 @@ class Transformer(Served, nn.Transformer):
 
 def _is_seen(padding: Any, memory_padding: Any) -> bool:
     """Whether a decoder sees of memory what a boolean padding leaves out of its source."""
-    if not is_plain(padding, memory_padding) or padding is None or padding.dtype != torch.bool:
+    if not isinstance(padding, Tensor) or padding.dtype != torch.bool or memory_padding is padding:
         return False
-    if memory_padding is None or memory_padding.dtype != torch.bool or memory_padding.shape != padding.shape:
+    is_like = isinstance(memory_padding, Tensor) and memory_padding.dtype == torch.bool
+    if not is_like or memory_padding.shape != padding.shape:
         return True
-    return memory_padding is not padding and bool((padding & ~memory_padding).any())
+    # What is in them can be asked of plain tensors only.
+    return not is_plain(padding, memory_padding) or padding.is_meta or bool((padding & ~memory_padding).any())
 
 
 def _float_masks(x: Tensor, mask: Any, name: str, padding: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -532,8 +534,8 @@ def _why_uncached(layer: Any, has_memory: bool) -> str | None:
         attention = getattr(layer, name)
         if getattr(type(attention), "forward", None) not in _ATTENTIONS:
             return f"has a {name} that is a {type(attention).__qualname__}, through which the cache does not go"
-        if attention._forward_hooks or attention._forward_pre_hooks:
-            return f"has hooks on its {name}, which the cache would not call"
+        if attention._forward_hooks or attention._forward_pre_hooks or "forward" in attention.__dict__:
+            return f"has hooks on its {name}, or a forward of its own, which the cache would not call"
         if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
             return f"has a {name} with kdim, vdim, add_bias_kv or add_zero_attn, which the cache does not serve"
     return None

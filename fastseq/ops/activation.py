@@ -14,6 +14,7 @@ from fastseq.ops.contract import (
     LIBRARY,
     below_autograd,
     grads_or_none,
+    has_hooks,
     is_plain,
     is_transformed,
     needs_graph,
@@ -234,18 +235,18 @@ _FUNCTIONS: list[tuple[Callable, str]] = [
     (F.silu, "silu"),
 ]
 _MODULES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu"}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def kind_of(activation: Callable) -> str | None:
     """What `bias_activation` calls a function or module of torch's: one of `KINDS`, or None for any other.
 
-    A module must be of the very type, since a subclass may do anything, and have no hooks, which would not run.
+    A module must be of the very type, since a subclass may do anything, and have no hooks, nor a forward of its own,
+    which would not run.
     """
     for function, kind in _FUNCTIONS:
         if activation is function:
             return kind
-    if isinstance(activation, nn.Module) and any(getattr(activation, hooks) for hooks in _HOOKS):
+    if isinstance(activation, nn.Module) and has_hooks(activation):
         return None
     if type(activation) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)

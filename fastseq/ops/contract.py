@@ -76,6 +76,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward: it has hooks, or a forward set on it alone."""
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_transformed(*grads: Tensor) -> bool:
     """Whether only the reference can serve: under torch.func's transforms, forward-mode AD, batched gradients."""
     if torch.compiler.is_compiling():

@@ -79,6 +79,7 @@ def _is_taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         is_plain(x, weight, bias)
         and x.device.type == "cpu"
         and prefers_onednn()
+        and x.layout == weight.layout == torch.strided
         and not x.is_nested
         and x.dim() > 1
         and weight.dim() == 2
@@ -88,7 +89,7 @@ def _is_taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.dtype == torch.float32)
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
-        and torch.get_float32_matmul_precision() == "highest"
+        and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
     )
 
 
