@@ -1019,3 +1019,22 @@ def test_norms_over_more_than_features_take_the_modules_path() -> None:
     theirs.norm1, ours.norm1 = nn.LayerNorm((L, E)), nn.LayerNorm((L, E))
     (x,) = inputs("TransformerEncoderLayer")
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.usefixtures("fast_path")
+def test_small_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair("TransformerEncoder", batch_first=True)
+    theirs.eval(), ours.eval()
+    (x,) = inputs("TransformerEncoder")
+    monkeypatch.setattr("fastseq.nn.block.LEAST_WORK", 1 << 40)
+    calls = []
+    layer_fwd = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: (calls.append(1), layer_fwd(*args))[1])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert len(calls) == 4  # two layers each
+        ours(x, mask=CAUSAL), ours(x, src_key_padding_mask=PADS)
+        ours.layers[0].linear1.register_forward_hook(lambda *_: None)
+        ours.layers[1].train()(x)
+        torch.testing.assert_close(ours.eval()(x), theirs(x))
+    assert len(calls) == 4 + 1 + 2

@@ -28,6 +28,9 @@ from fastseq.ops.norm import KINDS, Arguments, norm
 _TABLES = (attention_op.TABLE, norm_op.TABLE, activation_op.TABLE)
 # With less of a batch left out, taking the rows out and putting them back costs more than it spares.
 _LEAST_PADDING = 1 / 16
+# Multiply-adds of a layer's dense parts from which fused pieces pay for some 150 us of Python that they take more; and
+# elements that would be dropped, for which torch takes 5 ns each.
+LEAST_WORK, LEAST_DROPPED = 24 << 20, 1 << 15
 
 
 class Places(NamedTuple):
@@ -162,7 +165,7 @@ def encoder(
         padding: as src_key_padding_mask.
         is_causal: whether mask is a causal one.
     """
-    if not is_fused(layers, last, x, mask, padding):
+    if not _are_worth_fusing(layers, x) or not is_fused(layers, last, x, mask, padding):
         return None
     batch_first = layers[0].self_attn.batch_first
     if _is_bound(mask, is_causal, x, batch_first) and _are_worth_packing(batch_first, (x, padding)):
@@ -190,7 +193,8 @@ def decoder(
     memory_is_causal: bool,
 ) -> Tensor | None:
     """x through decoder layers and a last norm, or None where modules have to do it; arguments as of a layer."""
-    if not is_fused(layers, last, x, memory, mask, memory_mask, padding, memory_padding):
+    others = (memory, mask, memory_mask, padding, memory_padding)
+    if not _are_worth_fusing(layers, x) or not is_fused(layers, last, x, *others):
         return None
     batch_first = layers[0].self_attn.batch_first
     batch = 0 if batch_first else 1
@@ -226,6 +230,30 @@ def cleared(x: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
         return x
     left_out = padding.t() if x.dim() == 3 and not batch_first else padding
     return x.masked_fill(left_out.unsqueeze(-1), 0)
+
+
+def _are_worth_fusing(layers: Sequence[Any], x: Any) -> bool:
+    """Whether each layer has that much to do with x."""
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not isinstance(layers[0].linear1, nn.Linear):
+        return False
+    E, FF = x.shape[2], layers[0].linear1.out_features
+    rows = x.shape[0] * x.shape[1]
+    dropped = rows * (2 * E + FF) if layers[0].dropout.training and layers[0].dropout.p else 0
+    return x.device.type != "cpu" or rows * (4 * E * E + 2 * E * FF) >= LEAST_WORK or dropped >= LEAST_DROPPED
+
+
+def is_torchs(layer: Any, x: Any, mask: Any, padding: Any, is_causal: bool) -> bool:
+    """Whether torch's forward of an encoder layer, with its own path for evaluation, serves: small ones without masks,
+    of which nothing but the result is to be seen.
+    """
+    return (
+        not (layer.training or is_causal)
+        and mask is padding is None
+        and type(x) is Tensor
+        and not needs_graph(x, *_weights(layer))
+        and not modules._has_any_global_hook()
+        and why_modules(layer) is None
+    )
 
 
 def is_fused(layers: Sequence[Any], last: nn.Module | None, x: Any, *others: Any) -> bool:

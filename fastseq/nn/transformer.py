@@ -87,6 +87,8 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
             fused = block.encoder([self], None, src, src_mask, src_key_padding_mask, is_causal)
             if fused is not None:
                 return fused
+            if block.is_torchs(self, src, src_mask, src_key_padding_mask, is_causal):
+                return nn.TransformerEncoderLayer.forward(self, src)
         node = self._node(
             src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal, cache=cache
         )
