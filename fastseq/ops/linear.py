@@ -4,6 +4,7 @@ For float32 torch always calls MKL, which uses no more than AVX2 on AMD's CPUs: 
 the time. There is no table here, since there is no kernel of ours.
 """
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     return _ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
+def _is_worthwhile(rows: int, weight: Tensor) -> bool:
+    return rows * weight.numel() >= (_WORTHWHILE if rows > 1 else WORTHWHILE_FOR_A_ROW)
+
+
 def _is_taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         is_plain(x, weight, bias)
-        and x.device.type == "cpu"
         and prefers_onednn()
-        and x.layout == weight.layout == torch.strided
         and not x.is_nested
         and x.dim() > 1
+        and _is_worthwhile(math.prod(x.shape[:-1]), weight)
+        and x.device.type == "cpu"
+        and x.layout == weight.layout == torch.strided
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
@@ -95,8 +101,7 @@ def _is_taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
     """Of rows x [rows, K]."""
-    rows, size = len(x), weight.numel()
-    if size * rows >= (_WORTHWHILE if rows > 1 else WORTHWHILE_FOR_A_ROW):
+    if _is_worthwhile(len(x), weight):
         epilogue, variant = _EPILOGUES[activation]
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, epilogue, [], variant)
     return _ACTIVATIONS[activation](F.linear(x, weight, bias))
