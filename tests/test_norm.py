@@ -341,6 +341,17 @@ def test_dropout_drops_what_keep_says(impl: Impl, p: float, residual: bool) -> N
         torch.testing.assert_close(dx, total * keep)
 
 
+@each_kernel_and_dtype
+@each_kind
+def test_dropout_whose_probability_rounds_to_none(impl: Impl, dtype: torch.dtype, kind: str) -> None:
+    require(TABLE, impl, device_of(impl), dtype)
+    arguments = Case(21, 300, kind, dropout=1e-6).arguments(device_of(impl), dtype)
+    y, total, _, _ = impl.kernel.forward(*arguments, True)
+    assert torch.equal(total, arguments.x)
+    plain = arguments._replace(seed=None, dropout_p=0.0)
+    assert torch.equal(y, impl.kernel.forward(*plain, True)[0])
+
+
 def test_dropout_is_random() -> None:
     x, p = torch.ones(40, 20, 30), 0.3
     draw = partial(add_norm, x, kind="none", dropout_p=p)

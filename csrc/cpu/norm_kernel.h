@@ -127,7 +127,8 @@ struct NormForwardPass : Norm<T, NormForward<T>> {
     const Element* x = this->x.template row<Element>(r);
     const Element* residual = this->residual.template row<Element>(r);
     Element* total = this->total.template row<Element>(r);
-    const bool drops = bool(this->dropout), changed = drops || residual;
+    // A total that is x alone is asked for where dropout's probability rounds to none.
+    const bool drops = bool(this->dropout), changed = drops || residual || total;
     const T count = T(E);
     if (drops) this->draw_factors(r, room);
     const T* row = room;
