@@ -341,6 +341,17 @@ def test_dropout_drops_what_keep_says(impl: Impl, p: float, residual: bool) -> N
         torch.testing.assert_close(dx, total * keep)
 
 
+@each_kernel_and_dtype
+@each_kind
+def test_dropout_whose_probability_rounds_to_none(impl: Impl, dtype: torch.dtype, kind: str) -> None:
+    require(TABLE, impl, device_of(impl), dtype)
+    arguments = Case(21, 300, kind, dropout=1e-6).arguments(device_of(impl), dtype)
+    y, total, _, _ = impl.kernel.forward(*arguments, True)
+    assert torch.equal(total, arguments.x)
+    plain = arguments._replace(seed=None, dropout_p=0.0)
+    assert torch.equal(y, impl.kernel.forward(*plain, True)[0])
+
+
 def test_dropout_is_random() -> None:
     x, p = torch.ones(40, 20, 30), 0.3
     draw = partial(add_norm, x, kind="none", dropout_p=p)
@@ -738,21 +749,25 @@ def test_export_with_dynamic_length() -> None:
 
 X = torch.randn(2, 5, 8)
 WEIGHT = torch.ones(8)
+NESTED = torch.nested.nested_tensor([X[0], X[1, :2]])
 BAD: dict[str, tuple[tuple, dict, type, str]] = {
-    "a list": (([1.0],), {}, TypeError, "x must be a dense floating tensor, got list"),
-    "nothing": ((None,), {}, TypeError, "x must be a dense floating tensor, got NoneType"),
-    "integers": ((X.int(),), {}, TypeError, "x must be a dense floating tensor, got torch.int32"),
-    "sparse": (
-        (X.to_sparse(),),
+    "a list": (([1.0],), {}, TypeError, "x must be a dense tensor, got list"),
+    "nothing": ((None,), {}, TypeError, "x must be a dense tensor, got NoneType"),
+    "integers": ((X.int(),), {}, TypeError, "x must be float32, .*, got torch.int32"),
+    "eight bits": ((X.to(torch.float8_e4m3fn),), {}, TypeError, "x must be float32, .*, got torch.float8_e4m3fn"),
+    "a residual of eight bits": (
+        (X, X.to(torch.float8_e4m3fn)),
         {},
         TypeError,
-        "x must be a dense floating tensor, got torch.float32, torch.sparse_coo",
+        "residual must be float32, .*, got torch.float8_e4m3fn",
     ),
+    "sparse": ((X.to_sparse(),), {}, TypeError, "x must be a dense tensor, got torch.sparse_coo"),
+    "nested": ((NESTED,), {}, TypeError, "x must be a dense tensor, got a nested one"),
     "no dimension": ((X.sum(),), {}, ValueError, "x must have at least one dimension"),
     "two devices": ((X, X.to("meta")), {}, ValueError, "residual must be on x's device, cpu, got meta"),
     "residual's shape": ((X, X[:, :4]), {}, ValueError, r"residual must have x's shape, \[2, 5, 8\], got \[2, 4, 8\]"),
     "residual that broadcasts": ((X, X[0]), {}, ValueError, r"residual must have x's shape"),
-    "residual": ((X, 1.0), {}, TypeError, "residual must be a dense floating tensor, got float"),
+    "residual": ((X, 1.0), {}, TypeError, "residual must be a dense tensor, got float"),
     "weight's shape": ((X, X, WEIGHT[:5]), {}, ValueError, r"weight must be \[8\], as wide as x, got \[5\]"),
     "bias's shape": ((X, X, None, X), {}, ValueError, r"bias must be \[8\], as wide as x, got \[2, 5, 8\]"),
     "weight's dtype": (
@@ -770,6 +785,7 @@ BAD: dict[str, tuple[tuple, dict, type, str]] = {
     "a weight of none": ((X, X, WEIGHT), dict(kind="none"), ValueError, 'weight cannot be given with the kind "none"'),
     "a bias of none": ((X, X, None, WEIGHT), dict(kind="none"), ValueError, "bias cannot be given with the kind"),
     "kind": ((X,), dict(kind="batch"), ValueError, "kind must be .*, got 'batch'"),
+    "a list of kinds": ((X,), dict(kind=["layer"]), ValueError, r"kind must be .*, got \['layer'\]"),
     "eps": ((X,), dict(eps=-1.0), ValueError, "eps must be 0 or positive, and finite, got -1.0"),
     "eps of nothing": ((X,), dict(eps=None), TypeError, "eps must be a number, got None"),
     "dropout_p": ((X,), dict(dropout_p=1.5), ValueError, "dropout_p must be between 0 and 1, got 1.5"),

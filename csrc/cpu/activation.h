@@ -10,34 +10,24 @@ namespace fastseq {
 
 enum class Activation { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
-// [rows, F], contiguous in its rows, which are so many elements apart; or nothing, if there is no data.
-struct Matrix {
-  void* data;
-  int64_t apart;
-  template <typename Element>
-  Element* row(int64_t r) const {
-    return static_cast<Element*>(data) + r * apart;
-  }
-};
-
 template <typename T>
 struct ActivationShape {
   int64_t rows, F;
   Activation kind;
-  Stored stored;  // what there is of matrices
-  Matrix x, up;
+  Stored stored;  // what there is of Rows
+  Rows x, up;     // [rows, F], as all there are
   const T* bias;  // [F] or null
   Dropout<T> dropout;
 };
 
 template <typename T>
 struct ActivationForward : ActivationShape<T> {
-  Matrix y;
+  Rows y;
 };
 
 template <typename T>
 struct ActivationBackward : ActivationShape<T> {
-  Matrix dy, dx, dup;
+  Rows dy, dx, dup;
   T* dbias;  // [F] or null
 };
 

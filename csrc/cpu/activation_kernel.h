@@ -109,14 +109,6 @@ FASTSEQ_INLINE Vec<T> activate(Vec<T> x, Vec<T>& given) {
   }
 }
 
-// Calls body(c, lanes) for each vector of the columns [first, end), the last of which may be short.
-template <typename T, typename Body>
-FASTSEQ_INLINE void in_vectors(int64_t first, int64_t end, const Body& body) {
-  int64_t c = first;
-  for (; c + kLanes<T> <= end; c += kLanes<T>) body(c, kLanes<T>);
-  if (c < end) body(c, int(end - c));
-}
-
 template <typename T, typename Element>
 FASTSEQ_INLINE Vec<T> biased(const Element* x, const T* bias, int64_t c, int lanes) {
   const Vec<T> value = load_as<T>(x + c, lanes);
@@ -183,10 +175,9 @@ struct ActivationForwardPass : ActivationPass<T, ActivationForward<T>> {
       const Element *x = this->x.template row<Element>(r), *up = this->up.template row<Element>(r);
       Element* y = this->y.template row<Element>(r);
       const T* bias = this->bias;
-      const bool gated = this->up.data;
-      in_vectors<T>(first, end, [&](int64_t c, int lanes) __attribute__((always_inline)) {
+      each_vector<T>(first, end, [&](int64_t c, int lanes) __attribute__((always_inline)) {
         Vec<T> unused{}, value = activate<kKind, T>(biased(x, bias, c, lanes), unused);
-        if (gated) value *= load_as<T>(up + c, lanes);
+        if (up) value *= load_as<T>(up + c, lanes);
         if (factors) value *= load(factors + c - first);
         store_as<T>(y + c, value, lanes);
       });
@@ -221,14 +212,13 @@ struct ActivationBackwardPass : ActivationPass<T, ActivationBackward<T>> {
       Element *dx = this->dx.template row<Element>(r), *dup = this->dup.template row<Element>(r);
       const T* bias = this->bias;
       T* const totals = of_block;
-      const bool gated = this->up.data, with_dx = this->dx.data, with_dup = this->dup.data;
-      in_vectors<T>(first, end, [&](int64_t c, int lanes) __attribute__((always_inline)) {
+      each_vector<T>(first, end, [&](int64_t c, int lanes) __attribute__((always_inline)) {
         Vec<T> given = load_as<T>(dy + c, lanes);
         if (factors) given *= load(factors + c - first);
-        Vec<T> gradient = gated ? given * load_as<T>(up + c, lanes) : given;
+        Vec<T> gradient = up ? given * load_as<T>(up + c, lanes) : given;
         const Vec<T> value = activate<kKind, T>(biased(x, bias, c, lanes), gradient);
-        if (with_dup) store_as<T>(dup + c, given * value, lanes);
-        if (with_dx) store_as<T>(dx + c, gradient, lanes);
+        if (dup) store_as<T>(dup + c, given * value, lanes);
+        if (dx) store_as<T>(dx + c, gradient, lanes);
         if (totals) store(totals + c, load(totals + c) + gradient);
       });
     };

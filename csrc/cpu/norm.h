@@ -10,16 +10,6 @@ namespace fastseq {
 
 enum class NormKind { kNone = 0, kLayer = 1, kRms = 2 };
 
-// [rows, E] by the stride of its rows, contiguous in its last dimension; without data if there is none.
-struct Rows {
-  void* data;
-  int64_t stride;
-  template <typename Element>
-  Element* row(int64_t r) const {
-    return data ? static_cast<Element*>(data) + r * stride : nullptr;
-  }
-};
-
 template <typename T>
 struct NormShape {
   int64_t rows, E;
@@ -31,8 +21,8 @@ struct NormShape {
 
 template <typename T>
 struct NormForward : NormShape<T> {
-  Rows x, residual;
-  const T* bias;  // [E] or null
+  Rows x, residual;  // [rows, E], as all there are
+  const T* bias;     // [E] or null
   T eps;
   Rows y, total;
   T *mean, *rstd;  // [rows]; read by backward, null where the kind has none

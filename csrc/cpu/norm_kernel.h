@@ -12,14 +12,6 @@ constexpr int64_t kNormWork = 16 * 1024;
 // Tasks at most, each of which adds up gradients of weight and bias by itself.
 constexpr int64_t kNormTasks = 32;
 
-// Calls body(e, n) for every vector of E columns from e on, of whose lanes n are there.
-template <typename T, typename Body>
-FASTSEQ_INLINE void each_vector(int64_t E, const Body& body) {
-  int64_t e = 0;
-  for (; e + kLanes<T> <= E; e += kLanes<T>) body(e, kLanes<T>);
-  if (e < E) body(e, int(E - e));
-}
-
 template <typename T>
 struct TwoSums {
   T first, second;
@@ -127,7 +119,8 @@ struct NormForwardPass : Norm<T, NormForward<T>> {
     const Element* x = this->x.template row<Element>(r);
     const Element* residual = this->residual.template row<Element>(r);
     Element* total = this->total.template row<Element>(r);
-    const bool drops = bool(this->dropout), changed = drops || residual;
+    // A total that is x alone is asked for where dropout's probability rounds to none.
+    const bool drops = bool(this->dropout), changed = drops || residual || total;
     const T count = T(E);
     if (drops) this->draw_factors(r, room);
     const T* row = room;
@@ -164,7 +157,7 @@ struct NormForwardPass : Norm<T, NormForward<T>> {
     this->rstd[r] = rstd;
     Element* y = this->y.template row<Element>(r);
     const T *weight = this->weight, *bias = this->bias;
-    each_vector<T>(E, [=](int64_t e, int n) __attribute__((always_inline)) {
+    each_vector<T>(0, E, [=](int64_t e, int n) __attribute__((always_inline)) {
       Vec<T> v = load(row + e, n);
       if constexpr (kKind == NormKind::kLayer) v -= mean;
       v *= rstd;
@@ -259,7 +252,7 @@ struct NormBackwardPass : Norm<T, NormBackward<T>> {
                            });
       along_ones[i] = sums.first / T(E), along_row[i] = sums.second * rstd[i] / T(E);
     }
-    each_vector<T>(E, [&](int64_t e, int n) __attribute__((always_inline)) {
+    each_vector<T>(0, E, [&](int64_t e, int n) __attribute__((always_inline)) {
       Vec<T> own_weight = T(1) - Vec<T>{}, weights{}, biases{};
       if (weight) own_weight = load(weight + e, n);
       if (dweight) weights = load(dweight + e, n);

@@ -83,6 +83,14 @@ FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
     store_part<T>(p, v, n);
 }
 
+// Calls body(c, lanes) for each vector of the columns [first, end), the last of which may be short.
+template <typename T, typename Body>
+FASTSEQ_INLINE void each_vector(int64_t first, int64_t end, const Body& body) {
+  int64_t c = first;
+  for (; c + kLanes<T> <= end; c += kLanes<T>) body(c, kLanes<T>);
+  if (c < end) body(c, int(end - c));
+}
+
 // As many bytes of 32-bit words.
 typedef uint32_t Words __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
 

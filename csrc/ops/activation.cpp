@@ -30,8 +30,6 @@ namespace {
 
 constexpr const char* kName = "activation";
 
-Matrix matrix(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0)}; }
-
 // The tensors of a call in the layout that the kernels read, alive for as long as they run.
 struct ActivationInputs {
   Tensor x;
@@ -43,21 +41,13 @@ struct ActivationInputs {
   ScalarType bias_type;
 
   void prepare() {
-    given = x.scalar_type();
-    const bool half = given == ScalarType::BFloat16 || given == ScalarType::Half;
-    check(x.is_cpu() && (half || given == ScalarType::Float || given == ScalarType::Double), kName, "x",
-          "on the CPU, and float32, float64, bfloat16 or float16");
-    dtype = half ? ScalarType::Float : given;
+    given = x.scalar_type(), dtype = computed_in(x, kName, "x");
     check(x.dim() == 2, kName, "x", "[rows, F]");
     rows = x.size(0), F = x.size(1);
-    x = laid_out(x, true);
+    check(x, kName, "x", {rows, F}, given), x = laid_out(x, true);
     if (up) check(*up, kName, "up", {rows, F}, given), *up = laid_out(*up, true);
-    if (bias) {
-      bias_type = bias->scalar_type();
-      check(bias_type == given || bias_type == dtype, kName, "bias", "of x's dtype, or float32 beside half precision");
-      check(*bias, kName, "bias", {F}, bias_type);
-      *bias = bias_type == dtype ? laid_out(*bias) : converted(*bias, dtype);
-    }
+    if (bias) bias_type = bias->scalar_type();
+    prepare_columns(bias, kName, "bias", F, given, dtype);
     check(kind >= 0 && kind <= int64_t(Activation::kSilu), kName, "kind", "0 to 4");
     check_dropout(kName, seed, dropout_p);
   }
@@ -67,8 +57,7 @@ struct ActivationInputs {
     shape.rows = rows, shape.F = F;
     shape.kind = Activation(kind);
     shape.stored = stored_as(given);
-    shape.x = matrix(x);
-    if (up) shape.up = matrix(*up);
+    shape.x = rows_of(x), shape.up = rows_of(up);
     if (bias) shape.bias = static_cast<const Scalar*>(bias->const_data_ptr());
     shape.dropout = dropout_of<Scalar>(seed, dropout_p);
   }
@@ -81,7 +70,7 @@ Tensor activation(Tensor x, MaybeTensor up, MaybeTensor bias, MaybeTensor seed, 
   const auto run = [&](auto zero, auto kernel) {
     ActivationForward<decltype(zero)> call{};
     in.fill(call);
-    call.y = matrix(y);
+    call.y = rows_of(y);
     kernel(call, threads());
   };
   if (in.dtype == ScalarType::Float)
@@ -107,9 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> activation_backward(Tensor dy, Tensor x, Mayb
     using Scalar = decltype(zero);
     ActivationBackward<Scalar> call{};
     in.fill(call);
-    call.dy = matrix(dy);
-    if (needs[0]) call.dx = matrix(dx);
-    if (needs[1]) call.dup = matrix(dup);
+    call.dy = rows_of(dy), call.dx = rows_of(dx), call.dup = rows_of(dup);
     if (needs[2]) call.dbias = static_cast<Scalar*>(dbias.mutable_data_ptr());
     kernel(call, threads());
   };

@@ -41,11 +41,7 @@ struct AttentionInputs {
   ScalarType given, dtype;  // of query, and what is computed in
 
   void prepare() {
-    given = q.scalar_type();
-    const bool half = given == ScalarType::BFloat16 || given == ScalarType::Half;
-    check(half || given == ScalarType::Float || given == ScalarType::Double, kName, "query",
-          "float32, float64, bfloat16 or float16");
-    dtype = half ? ScalarType::Float : given;
+    given = q.scalar_type(), dtype = computed_in(q, kName, "query");
     check(q.dim() == 4, kName, "query", "[N, H, L, E]");
     check(k.dim() == 4, kName, "key", "[N, Hk, S, E]");
     check(v.dim() == 4, kName, "value", "[N, Hk, S, Ev]");

@@ -40,11 +40,7 @@ struct CrossEntropyInputs {
   ScalarType given, dtype;  // of logits, and what is computed in
 
   void prepare() {
-    given = logits.scalar_type();
-    const bool half = given == ScalarType::BFloat16 || given == ScalarType::Half;
-    check(half || given == ScalarType::Float || given == ScalarType::Double, kName, "logits",
-          "float32, float64, bfloat16 or float16");
-    dtype = half ? ScalarType::Float : given;
+    given = logits.scalar_type(), dtype = computed_in(logits, kName, "logits");
     check(logits.dim() == 2 && logits.size(1) > 0, kName, "logits", "[rows, V] with at least one class");
     rows = logits.size(0), V = logits.size(1);
     check(logits, kName, "logits", {rows, V}, given), logits = laid_out(logits, true);

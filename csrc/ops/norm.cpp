@@ -39,18 +39,14 @@ struct NormInputs {
   ScalarType weights;       // of weight as it was given, of x if there is none
 
   void prepare(const char* name) {
-    given = x.scalar_type();
-    const bool half = given == ScalarType::BFloat16 || given == ScalarType::Half;
-    check(half || given == ScalarType::Float || given == ScalarType::Double, kName, name,
-          "float32, float64, bfloat16 or float16");
-    dtype = half ? ScalarType::Float : given;
+    given = x.scalar_type(), dtype = computed_in(x, kName, name);
     check(x.dim() == 2 && x.size(1) > 0, kName, name, "[rows, E] with at least one column");
     rows = x.size(0), E = x.size(1);
     check_rows(x, name);
     check(kind >= 0 && kind <= 2, kName, "kind", "0, 1 or 2");
     check_dropout(kName, seed, dropout_p);
     weights = weight ? weight->scalar_type() : given;
-    check_columns(weight, "weight");
+    prepare_columns(weight, kName, "weight", E, given, dtype);
   }
 
   // [rows, E] like x, whose rows may have any stride.
@@ -61,21 +57,6 @@ struct NormInputs {
   void check_rows(MaybeTensor& t, const char* name) const {
     if (t) check_rows(*t, name);
   }
-
-  // [E], which becomes what is computed in.
-  void check_columns(MaybeTensor& t, const char* name) const {
-    if (!t) return;
-    check(t->scalar_type() == dtype || t->scalar_type() == given, kName, name,
-          "of x's dtype, or float32 beside half precision");
-    check(*t, kName, name, {E}, t->scalar_type());
-    t = t->scalar_type() == dtype ? laid_out(*t) : converted(*t, dtype);
-  }
-
-  static Rows rows_of(const Tensor& t) {
-    if (!t.numel()) return {};
-    return {const_cast<void*>(t.const_data_ptr()), t.stride(0)};
-  }
-  static Rows rows_of(const MaybeTensor& t) { return t ? rows_of(*t) : Rows{}; }
 
   template <typename Scalar>
   void fill(NormShape<Scalar>& shape) const {
@@ -100,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm(Tensor x, MaybeTensor residual, 
                                                 bool save_total) {
   NormInputs in{x, weight, seed, kind, dropout_p};
   in.prepare("x");
-  in.check_rows(residual, "residual"), in.check_columns(bias, "bias");
+  in.check_rows(residual, "residual");
+  prepare_columns(bias, kName, "bias", in.E, in.given, in.dtype);
   const auto [rows, E] = std::tuple(in.rows, in.E);
   const bool normalised = kind != int64_t(NormKind::kNone), totalled = save_total && (residual || dropout_p > 0);
   const auto there = [&](bool wanted) { return wanted ? empty({rows}, in.dtype) : empty({0}, in.dtype); };
@@ -111,9 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm(Tensor x, MaybeTensor residual, 
     using Scalar = decltype(zero);
     NormForward<Scalar> call{};
     in.fill(call);
-    call.x = NormInputs::rows_of(in.x), call.residual = NormInputs::rows_of(residual);
+    call.x = rows_of(in.x), call.residual = rows_of(residual);
     call.bias = NormInputs::columns_of<Scalar>(bias), call.eps = Scalar(eps);
-    call.y = NormInputs::rows_of(y), call.total = NormInputs::rows_of(total);
+    call.y = rows_of(y), call.total = rows_of(total);
     call.mean = data_of<Scalar>(mean), call.rstd = data_of<Scalar>(rstd);
     if (rows > 0 && (normalised || totalled)) kernel(call, threads());
   };
@@ -144,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(MaybeTensor dy, MaybeTe
     using Scalar = decltype(zero);
     NormBackward<Scalar> call{};
     in.fill(call);
-    call.dy = NormInputs::rows_of(dy), call.dtotal = NormInputs::rows_of(dtotal);
-    call.total = NormInputs::rows_of(in.x);
+    call.dy = rows_of(dy), call.dtotal = rows_of(dtotal);
+    call.total = rows_of(in.x);
     call.mean = data_of<const Scalar>(mean), call.rstd = data_of<const Scalar>(rstd);
-    call.dx = NormInputs::rows_of(dx), call.dresidual = NormInputs::rows_of(dresidual);
+    call.dx = rows_of(dx), call.dresidual = rows_of(dresidual);
     call.dweight = data_of<Scalar>(dweight), call.dbias = data_of<Scalar>(dbias);
     kernel(call, threads());
   };

@@ -72,6 +72,15 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
   return torch::stable::copy_(made, t);
 }
 
+// The dtype that elements of this floating tensor are computed in: half precision in float32.
+inline ScalarType computed_in(const Tensor& t, const char* op, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  check(half || dtype == ScalarType::Float || dtype == ScalarType::Double, op, name,
+        "float32, float64, bfloat16 or float16");
+  return half ? ScalarType::Float : dtype;
+}
+
 // How a kernel reads tensors of this dtype.
 inline Stored stored_as(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? Stored::kBfloat16
@@ -83,6 +92,22 @@ inline Stored stored_as(ScalarType dtype) {
 inline Tensor laid_out(const Tensor& t, bool rows = false) {
   const bool fine = rows ? t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1 : t.is_contiguous();
   return fine ? t : torch::stable::contiguous(t);
+}
+
+inline Rows rows_of(const Tensor& t) {
+  if (!t.numel()) return {};
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0)};
+}
+inline Rows rows_of(const MaybeTensor& t) { return t ? rows_of(*t) : Rows{}; }
+
+// [columns] beside rows of the dtype `given`, made what is computed in, `dtype`.
+inline void prepare_columns(MaybeTensor& t, const char* op, const char* name, int64_t columns, ScalarType given,
+                            ScalarType dtype) {
+  if (!t) return;
+  const ScalarType own = t->scalar_type();
+  check(own == given || own == dtype, op, name, "of x's dtype, or float32 beside half precision");
+  check(*t, op, name, {columns}, own);
+  t = own == dtype ? laid_out(*t) : converted(*t, dtype);
 }
 
 inline void check_dropout(const char* op, const MaybeTensor& seed, double p) {

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fastseq.ops.contract import (
     LIBRARY,
     below_autograd,
+    check_dropout,
+    check_tensor,
     grads_or_none,
     has_hooks,
     is_plain,
@@ -20,6 +22,7 @@ from fastseq.ops.contract import (
     needs_graph,
     new_seed,
     rounding,
+    widened,
 )
 from fastseq.reference import activation as reference
 from fastseq.reference.activation import GELU, GELU_TANH, IDENTITY, RELU, SILU
@@ -284,20 +287,18 @@ def bias_activation(
     Raises:
         ValueError, TypeError: with the argument's name.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x must be [..., F], got a tensor of no dimension")
-    if x.dtype not in FLOATS | HALF:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     width = x.shape[-1]
     if bias is not None:
-        _check_tensor("bias", bias, x)
+        check_tensor("bias", bias, x)
         single = x.dtype in HALF and bias.dtype == torch.float32
         if bias.dim() != 1 or bias.shape[0] != width or not (bias.dtype == x.dtype or single):
             expected = f"{x.dtype} [{width}]" + (" or float32" if x.dtype in HALF else "")
             raise ValueError(f"bias must be {expected}, as x is, got {bias.dtype} {list(bias.shape)}")
     if up is not None:
-        _check_tensor("up", up, x)
+        check_tensor("up", up, x)
         if up.shape != x.shape or up.dtype != x.dtype:
             expected, got = (f"{t.dtype} {list(t.shape)}" for t in (x, up))
             raise ValueError(f"up must be {expected}, as x is, got {got}")
@@ -305,12 +306,7 @@ def bias_activation(
         raise TypeError(f"activation must be a str, got {type(activation).__name__}")
     if activation not in KINDS:
         raise ValueError(f"activation must be one of {', '.join(KINDS)}, got {activation!r}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, got {dropout_p!r}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    if type(training) is not bool:
-        raise TypeError(f"training must be a bool, got {training!r}")
+    check_dropout(dropout_p, training)
     p = float(dropout_p) if training else 0.0
     arguments = Arguments(_rows(x), None if up is None else _rows(up), bias, new_seed(p), KINDS[activation], p)
     return _apply(arguments).reshape(x.shape)
@@ -321,23 +317,9 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
-def _check_tensor(name: str, t: Any, x: Tensor | None = None) -> None:
-    if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_nested:
-        kind = str(t.layout) if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
-    if x is not None and t.device != x.device:
-        raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
-
-
 def needs_all(arguments: Arguments) -> list[bool]:
     """Every gradient that there can be."""
     return [True, arguments.up is not None, arguments.bias is not None]
-
-
-def widened(arguments: Arguments) -> Arguments:
-    """The same arguments in float64."""
-    wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
-    return Arguments(*wide)
 
 
 def grad_like(y: Tensor) -> Tensor:

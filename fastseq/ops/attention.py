@@ -22,6 +22,7 @@ from fastseq.ops.contract import (
     requested,
     rounding,
     why_torch,
+    widened,
 )
 from fastseq.reference import attention as reference
 from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
@@ -758,12 +759,6 @@ def _checked_ends(name: str, ends: Tensor, count: int) -> Tensor:
         if values != sorted(values) or values[0] != 0 or values[-1] != count:
             raise ValueError(f"{name} must rise from 0 to {count}, the number of rows, got {values}")
     return ends
-
-
-def widened(arguments: Arguments) -> Arguments:
-    """The same arguments in float64."""
-    wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
-    return Arguments(*wide)
 
 
 def grads_like(outputs: Outputs) -> list[Any]:

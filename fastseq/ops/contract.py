@@ -3,14 +3,14 @@ helpers for their autograd.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq.dynamo import assume_constant_result
-from fastseq.registry import HALF, OPS, Op, requested_backend
+from fastseq.registry import FLOATS, HALF, OPS, Op, requested_backend
 
 # The schemas live in Python, so that the ops exist where the extension does not.
 LIBRARY = torch.library.Library("fastseq", "DEF")
@@ -20,6 +20,9 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_KNOWN = FLOATS | HALF
+
+Some = TypeVar("Some", bound=tuple)
 
 
 # Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
@@ -102,6 +105,27 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def check_tensor(name: str, t: Any, x: Tensor | None = None) -> None:
+    """Raises unless t is a dense tensor of a dtype that kernels know, and on the device of x."""
+    if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_nested:
+        kind = type(t).__name__ if not isinstance(t, Tensor) else "a nested one" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    if t.dtype not in _KNOWN:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+    if x is not None and t.device != x.device:
+        raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
+
+
+def check_dropout(dropout_p: Any, training: Any) -> None:
+    """Raises unless a function's options of dropout are what they shall be."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {dropout_p!r}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if type(training) is not bool:
+        raise TypeError(f"training must be a bool, got {training!r}")
+
+
 def new_seed(dropout_p: float) -> Tensor | None:
     """What dropout draws from, out of torch's default generator of the CPU; None without dropout."""
     return torch.randint(2**63 - 1, (), device="cpu") if dropout_p > 0 else None
@@ -114,6 +138,17 @@ def grads_or_none(
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
+
+
+def widened(arguments: Some) -> Some:
+    """An op's arguments in float64, those in lists, too."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [wide(v) for v in value]
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return type(arguments)(*map(wide, arguments))
 
 
 def rounding(exact: Tensor, dtype: torch.dtype, steps: int, tf32: bool = False) -> dict[str, Any]:

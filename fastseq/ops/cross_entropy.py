@@ -24,6 +24,7 @@ from fastseq.ops.contract import (
     requested,
     rounding,
     why_torch,
+    widened,
 )
 from fastseq.reference import cross_entropy as reference
 from fastseq.registry import FLOATS, HALF, BackendError, Impl, Kernel, Op, register
@@ -126,12 +127,6 @@ CASES = [
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what the op gives and computes in: half precision in float32."""
     return torch.float32 if dtype in HALF else dtype
-
-
-def widened(arguments: Arguments) -> Arguments:
-    """The same arguments in float64."""
-    wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
-    return Arguments(*wide)
 
 
 def grad_like(loss: Tensor) -> Tensor:

@@ -13,11 +13,14 @@ from fastseq.ops.contract import (
     LIBRARY,
     autocast_dtype,
     below_autograd,
+    check_dropout,
+    check_tensor,
     is_plain,
     is_transformed,
     needs_graph,
     new_seed,
     rounding,
+    widened,
 )
 from fastseq.reference import norm as reference
 from fastseq.reference.norm import LAYER, NONE, RMS
@@ -360,13 +363,10 @@ def add_norm(
     Raises:
         TypeError, ValueError: with the argument's name.
     """
-    for name, t in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if t is None and name != "x":
-            continue
-        if not isinstance(t, Tensor) or t.layout != torch.strided or not t.is_floating_point():
-            raise TypeError(f"{name} must be a dense floating tensor, got {_described(t)}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
+    check_tensor("x", x)
+    for name, t in (("residual", residual), ("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_tensor(name, t, x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, [..., E], got []")
     shape, E = x.shape, x.shape[-1]
@@ -420,30 +420,17 @@ def add_norm(
 
 
 def _check_options(kind: Any, eps: Any, dropout_p: Any, training: Any, return_total: Any) -> None:
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f'kind must be "layer", "rms" or "none", got {kind!r}')
-    for name, number in (("eps", eps), ("dropout_p", dropout_p)):
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            raise TypeError(f"{name} must be a number, got {number!r}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be 0 or positive, and finite, got {eps}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    for name, flag in (("training", training), ("return_total", return_total)):
-        if type(flag) is not bool:
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    check_dropout(dropout_p, training)
+    if type(return_total) is not bool:
+        raise TypeError(f"return_total must be a bool, got {return_total!r}")
     if return_total and kind == "none":
         raise ValueError('return_total says to return the sum beside what is made of it: of the kind "none" it is all')
-
-
-def _described(t: Any) -> str:
-    return f"{t.dtype}, {t.layout}" if isinstance(t, Tensor) else type(t).__name__
-
-
-def widened(arguments: Arguments) -> Arguments:
-    """The same arguments in float64."""
-    wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments]
-    return Arguments(*wide)
 
 
 def tape_of(arguments: Arguments, outputs: Outputs) -> Any:

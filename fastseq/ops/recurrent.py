@@ -20,6 +20,7 @@ from fastseq.ops.contract import (
     is_transformed,
     needs_graph,
     rounding,
+    widened,
 )
 from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
 
@@ -479,17 +480,6 @@ class _Function(torch.autograd.Function):
             *ours, dweights = compute(*grads, *arguments, y, gates, cells, needs)
             found = [g if need else None for g, need in zip([*ours, *dweights], needs, strict=True)]
         return None, None, *found[:3], None, None, None, None, *found[3:]
-
-
-def widened(arguments: Arguments) -> Arguments:
-    """The same arguments in float64."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [wide(v) for v in value]
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return Arguments(*(wide(value) for value in arguments))
 
 
 def allows_tf32() -> bool:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq.kernels.triton.dropout import keeps_of_rows, options_of
+from fastseq.kernels.triton.rows import contiguous, load_columns, load_tile, rows_of
 from fastseq.ops.activation import Case, grad_like, needs_all
 from fastseq.reference import activation as reference
 
@@ -75,20 +76,9 @@ def _activate(x, given, KIND: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(p, apart, row, column, there):
-    # A tensor may have more than 2**31 elements.
-    return tl.load(p + row.to(tl.int64)[:, None] * apart + column[None, :], mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _store_tile(p, apart, row, column, there, values):
     p += row.to(tl.int64)[:, None] * apart + column[None, :]
     tl.store(p, values.to(p.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _load_bias(p, column, F):
-    return tl.load(p + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -101,12 +91,12 @@ def _forward(
     first = tl.program_id(0) % blocks * COLUMNS
     row, column = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
     there = (row < rows)[:, None] & (column < F)[None, :]
-    x = _load_tile(p_x, x_apart, row, column, there)
+    x = load_tile(p_x, x_apart, row, column, there)
     if p_bias is not None:
-        x += _load_bias(p_bias, column, F)
+        x += load_columns(p_bias, column, F)
     y, _ = _activate(x, x, KIND)
     if p_up is not None:
-        y *= _load_tile(p_up, up_apart, row, column, there)
+        y *= load_tile(p_up, up_apart, row, column, there)
     if DROPOUT:
         y *= tl.where(keeps_of_rows(row, first, seed_low, seed_high, dropped, ROWS, COLUMNS), kept, 0.0)
     _store_tile(p_y, F, row, column, there, y)
@@ -127,15 +117,15 @@ def _backward(
     for tile in range(part * share, min((part + 1) * share, tl.cdiv(rows, ROWS))):
         row = tile * ROWS + tl.arange(0, ROWS)
         there = (row < rows)[:, None] & (column < F)[None, :]
-        x = _load_tile(p_x, x_apart, row, column, there)
-        given = _load_tile(p_dy, dy_apart, row, column, there)
+        x = load_tile(p_x, x_apart, row, column, there)
+        given = load_tile(p_dy, dy_apart, row, column, there)
         if p_bias is not None:
-            x += _load_bias(p_bias, column, F)
+            x += load_columns(p_bias, column, F)
         if DROPOUT:
             given *= tl.where(keeps_of_rows(row, first, seed_low, seed_high, dropped, ROWS, COLUMNS), kept, 0.0)
         gradient = given
         if p_up is not None:
-            gradient *= _load_tile(p_up, up_apart, row, column, there)
+            gradient *= load_tile(p_up, up_apart, row, column, there)
         value, gradient = _activate(x, gradient, KIND)
         if p_dup is not None:
             _store_tile(p_dup, F, row, column, there, given * value)
@@ -155,18 +145,6 @@ WANTED_PROGRAMS = 2048
 MOST_SHARED = 32
 
 
-def _rows(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """Rows with columns one after the other, and how far apart they are."""
-    if t is None:
-        return None, 0
-    t = t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-    return t, t.stride(0)
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def forward(
     x: Tensor, up: Tensor | None, bias: Tensor | None, seed: Tensor | None, kind: int, dropout_p: float
 ) -> Tensor:
@@ -176,7 +154,7 @@ def forward(
     if y.numel():
         tiles = triton.cdiv(rows, TILE["ROWS"]) * triton.cdiv(F, TILE["COLUMNS"])
         _forward[(tiles,)](
-            *_rows(x), *_rows(up), _contiguous(bias), y, rows, F, KIND=kind, **options_of(seed, dropout_p), **TILE
+            *rows_of(x), *rows_of(up), contiguous(bias), y, rows, F, KIND=kind, **options_of(seed, dropout_p), **TILE
         )  # fmt: skip
     return y
 
@@ -201,8 +179,8 @@ def backward(
     parts = triton.cdiv(of_rows, share)
     sums = x.new_empty((parts, F), dtype=torch.float32) if needs[2] else None
     _backward[(parts * blocks,)](
-        *_rows(dy), *_rows(x), *_rows(up), _contiguous(bias), dx if needs[0] else None, dup if needs[1] else None, sums,
-        rows, share, F, KIND=kind, **options_of(seed, dropout_p), **TILE,
+        *rows_of(dy), *rows_of(x), *rows_of(up), contiguous(bias), dx if needs[0] else None, dup if needs[1] else None,
+        sums, rows, share, F, KIND=kind, **options_of(seed, dropout_p), **TILE,
     )  # fmt: skip
     return dx, dup, sums.sum(0).to(bias.dtype) if sums is not None and bias is not None else x.new_empty(0)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq import jit
-from fastseq.kernels.triton.dropout import keeps_of
+from fastseq.kernels.triton.dropout import halves_of, keeps_of
 from fastseq.ops.attention import AVERAGE, EACH_HEAD, NO_WEIGHTS, Arguments, Case, empty_like_heads
 from fastseq.reference.dropout import dropped_of, kept_factor
 
@@ -865,10 +865,8 @@ def _problem(arguments: Arguments) -> tuple[Problem, tuple[int, ...]]:
         bound(seed is not None and p > 0),
         bound(_precision()),
     )
-    drawn = 0 if seed is None else int(seed)
-    seeds = [half - (half >> 31 << 32) for half in (drawn & 0xFFFFFFFF, drawn >> 32 & 0xFFFFFFFF)]
     # Nothing is farther away, and kernels count in 32 bits.
-    return problem, (L, S, *(min(bound, L + S) for bound in (left, right)), *seeds)
+    return problem, (L, S, *(min(bound, L + S) for bound in (left, right)), *halves_of(seed))
 
 
 def _sequences(arguments: Arguments) -> tuple[int, int, int]:

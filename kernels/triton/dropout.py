@@ -76,10 +76,16 @@ def keeps_of_rows(row, first, seed_low, seed_high, dropped, ROWS: tl.constexpr, 
     return tl.reshape(bits, (ROWS, COLUMNS)).to(tl.float32) >= dropped
 
 
-def options_of(seed: Tensor | None, p: float) -> dict[str, Any]:
-    """What kernels are told about dropout: the seed's halves, what drops, and what is kept is multiplied by."""
+def halves_of(seed: Tensor | None) -> tuple[int, int]:
+    """The seed's low and high 32 bits as numbers of int32."""
     drawn = 0 if seed is None else int(seed)
     low, high = (half - (half >> 31 << 32) for half in (drawn & 0xFFFFFFFF, drawn >> 32 & 0xFFFFFFFF))
+    return low, high
+
+
+def options_of(seed: Tensor | None, p: float) -> dict[str, Any]:
+    """What kernels are told about dropout: the seed's halves, what drops, and what is kept is multiplied by."""
+    low, high = halves_of(seed)
     return dict(
         seed_low=low, seed_high=high, dropped=float(dropped_of(p)), kept=kept_factor(p), DROPOUT=seed is not None
     )

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseq.kernels.triton.dropout import keeps_of_rows
+from fastseq.kernels.triton.dropout import keeps_of_rows, options_of
+from fastseq.kernels.triton.rows import contiguous, load_columns, load_tile, rows_of
 from fastseq.ops.norm import Arguments, Case, empty_gradients, empty_outputs, grads_like, needs_all, tape_of
-from fastseq.reference.dropout import dropped_of, kept_factor
 from fastseq.reference.norm import LAYER, NONE
 
 IS_NONE, IS_LAYER = tl.constexpr(NONE), tl.constexpr(LAYER)
@@ -33,16 +33,6 @@ def _tile(row, rows, E: tl.constexpr, BLOCK: tl.constexpr):
     return column, there
 
 
-@triton.jit
-def _load_tile(p, at, row, column, there):
-    return tl.load(p + row[:, None] * at + column[None, :], mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_columns(p, column, E: tl.constexpr):
-    return tl.load(p + column, mask=column < E, other=0.0).to(tl.float32)[None, :]
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
     p_x, at_x, p_residual, at_residual, p_weight, p_bias, p_y, p_total, p_mean, p_rstd, eps, rows, seed_low, seed_high,
@@ -53,11 +43,11 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, there = _tile(row, rows, E, BLOCK)
     dtype = p_x.dtype.element_ty
-    total = _load_tile(p_x, at_x, row, column, there)
+    total = load_tile(p_x, at_x, row, column, there)
     if DROPOUT:
         total *= tl.where(keeps_of_rows(row, 0, seed_low, seed_high, dropped, ROWS, BLOCK), kept, 0.0)
     if p_residual is not None:
-        total += _load_tile(p_residual, at_residual, row, column, there)
+        total += load_tile(p_residual, at_residual, row, column, there)
     stored = total.to(dtype)
     if p_total is not None:
         tl.store(p_total + row[:, None] * E + column[None, :], stored, mask=there)
@@ -71,16 +61,16 @@ def _forward(
         tl.store(p_rstd + row, rstd, mask=row < rows)
         y = total * rstd[:, None]
         if p_weight is not None:
-            y *= _load_columns(p_weight, column, E)
+            y *= load_columns(p_weight, column, E)
         if p_bias is not None:
-            y += _load_columns(p_bias, column, E)
+            y += load_columns(p_bias, column, E)
         tl.store(p_y + row[:, None] * E + column[None, :], y.to(dtype), mask=there)
 
 
 @triton.jit
 def _normal(p_total, at_total, p_mean, p_rstd, row, rows, column, there):
     """A block of normalised rows, and their rstd."""
-    normal = _load_tile(p_total, at_total, row, column, there)
+    normal = load_tile(p_total, at_total, row, column, there)
     rstd = tl.load(p_rstd + row, mask=row < rows, other=0.0)[:, None]
     if p_mean is not None:
         normal -= tl.load(p_mean + row, mask=row < rows, other=0.0)[:, None]
@@ -104,20 +94,20 @@ def _row_gradients(
         column, there = _tile(row, rows, E, BLOCK)
         grad = tl.zeros((ROWS, BLOCK), tl.float32)
         if p_dy is not None:
-            dy = _load_tile(p_dy, at_dy, row, column, there)
+            dy = load_tile(p_dy, at_dy, row, column, there)
             normal, rstd = _normal(p_total, at_total, p_mean, p_rstd, row, rows, column, there)
             if p_dweights is not None:
                 dweight += dy * normal
             if p_dbiases is not None:
                 dbias += dy
             if p_weight is not None:
-                dy *= _load_columns(p_weight, column, E)
+                dy *= load_columns(p_weight, column, E)
             grad = dy - normal * (tl.sum(dy * normal, 1) / E)[:, None]
             if p_mean is not None:
                 grad -= (tl.sum(dy, 1) / E)[:, None]
             grad *= rstd
         if p_dtotal is not None:
-            grad += _load_tile(p_dtotal, at_dtotal, row, column, there)
+            grad += load_tile(p_dtotal, at_dtotal, row, column, there)
         at = row[:, None] * E + column[None, :]
         if p_dresidual is not None:
             tl.store(p_dresidual + at, grad.to(p_dresidual.dtype.element_ty), mask=there)
@@ -146,7 +136,7 @@ def _column_gradients(
     for begin in range(first, tl.minimum(first + share, rows), ROWS):
         row = begin + tl.arange(0, ROWS)
         there = (row < rows)[:, None] & (column < E)[None, :]
-        dy = _load_tile(p_dy, at_dy, row, column, there)
+        dy = load_tile(p_dy, at_dy, row, column, there)
         dbias += dy
         if p_dweights is not None:
             normal, _ = _normal(p_total, at_total, p_mean, p_rstd, row, rows, column, there)
@@ -215,27 +205,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """Rows with columns one after the other, and how far apart they are."""
-    if t is None:
-        return None, 0
-    t = t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-    return t, t.stride(0)
-
-
-def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
-    """What kernels are told about it."""
-    drawn = 0 if seed is None else int(seed)
-    low, high = (half - (half >> 31 << 32) for half in (drawn & 0xFFFFFFFF, drawn >> 32 & 0xFFFFFFFF))
-    return dict(
-        seed_low=low,
-        seed_high=high,
-        dropped=float(dropped_of(p)),
-        kept=kept_factor(p),
-        DROPOUT=seed is not None,
-    )
-
-
 def _there(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
@@ -250,14 +219,10 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if y is not None or total is not None:
         launch = _launch(E)
         _forward[(triton.cdiv(rows, launch.rows),)](
-            *_rows(x), *_rows(residual), _contiguous(weight), _contiguous(bias), y, total, mean, rstd, eps, rows,
-            KIND=kind, **_dropout(seed, p), **launch.options,
+            *rows_of(x), *rows_of(residual), contiguous(weight), contiguous(bias), y, total, mean, rstd, eps, rows,
+            KIND=kind, **options_of(seed, p), **launch.options,
         )  # fmt: skip
     return tuple(outputs)
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def backward(dy: Tensor | None, dtotal: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,7 +238,7 @@ def backward(dy: Tensor | None, dtotal: Tensor | None, *args: Any) -> tuple[Tens
         dweight = dbias = None
     if rows == 0:
         return tuple(grads)
-    tape = (*_rows(dy), *_rows(total), mean if kind == LAYER else None, rstd)
+    tape = (*rows_of(dy), *rows_of(total), mean if kind == LAYER else None, rstd)
     of_columns = dweight is not None or dbias is not None
     fused = of_columns and E <= WIDEST_SUMMED
     launch = _launch(E)
@@ -285,8 +250,8 @@ def backward(dy: Tensor | None, dtotal: Tensor | None, *args: Any) -> tuple[Tens
     sums = [None if t is None else total.new_empty((parts, E), dtype=torch.float32) for t in (dweight, dbias)]
     if fused or dx is not None or dresidual is not None:
         _row_gradients[(programs,)](
-            *tape[:2], *_rows(dtotal), *tape[2:4], _contiguous(weight), *tape[4:], dx, dresidual,
-            *(sums if fused else (None, None)), rows, share, **_dropout(seed, p), **launch.options,
+            *tape[:2], *rows_of(dtotal), *tape[2:4], contiguous(weight), *tape[4:], dx, dresidual,
+            *(sums if fused else (None, None)), rows, share, **options_of(seed, p), **launch.options,
         )  # fmt: skip
     if of_columns:
         if not fused:
