@@ -146,7 +146,7 @@ class Explanation:
         table = Table(box=box.MARKDOWN)  # in ASCII: it may be printed into anything
         is_timed = any(row.milliseconds for row in self.rows)
         for column in ("layer", "type", "served by", *["torch ms", "now ms"] * is_timed, "note"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "type")
         for row in self.rows:
             times = [f"{ms:.3g}" for ms in row.milliseconds] if row.milliseconds else ["", ""]
             table.add_row(row.layer, row.type, row.served_by, *times * is_timed, row.note)
