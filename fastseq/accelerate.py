@@ -196,7 +196,8 @@ def _timed(rows: list[Row], model: nn.Module, example: Any) -> list[Row]:
 
     modules = {name or _WHOLE: module for name, module in model.named_modules()}
     layers = {row.layer: modules[row.layer] for row in rows if type(modules.get(row.layer)) in _ORIGINALS}
-    found = timed(model, example, layers, restore)
+    with torch.random.fork_rng(devices=[]):  # a model in training draws
+        found = timed(model, example, layers, restore)
     return [replace(row, milliseconds=found.get(row.layer)) for row in rows]
 
 
