@@ -146,7 +146,7 @@ class Explanation:
         table = Table(box=box.MARKDOWN)  # in ASCII: it may be printed into anything
         is_timed = any(row.milliseconds for row in self.rows)
         for column in ("layer", "type", "served by", *["torch ms", "now ms"] * is_timed, "note"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "type")
         for row in self.rows:
             times = [f"{ms:.3g}" for ms in row.milliseconds] if row.milliseconds else ["", ""]
             table.add_row(row.layer, row.type, row.served_by, *times * is_timed, row.note)
@@ -196,7 +196,8 @@ def _timed(rows: list[Row], model: nn.Module, example: Any) -> list[Row]:
 
     modules = {name or _WHOLE: module for name, module in model.named_modules()}
     layers = {row.layer: modules[row.layer] for row in rows if type(modules.get(row.layer)) in _ORIGINALS}
-    found = timed(model, example, layers, restore)
+    with torch.random.fork_rng(devices=[]):  # a model in training draws
+        found = timed(model, example, layers, restore)
     return [replace(row, milliseconds=found.get(row.layer)) for row in rows]
 
 

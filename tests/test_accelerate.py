@@ -139,6 +139,22 @@ def test_explanation_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called
 
 
+def test_explain_finds_weights_that_are_no_parameters() -> None:
+    model = fastseq.accelerate(nn.TransformerEncoderLayer(8, 2, 8, dtype=torch.float64))
+    want = fastseq.explain(model).rows
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            delattr(module, name)
+            setattr(module, name, None if weight is None else weight.detach())
+    assert fastseq.explain(model).rows == want and model.example.dtype == torch.float64
+
+
+def test_profiles_leave_the_generator_as_it_is() -> None:
+    model, before = fastseq.nn.TransformerEncoderLayer(8, 2, 8, 0.5), torch.get_rng_state()
+    fastseq.explain(model, profile=torch.zeros(2, 2, 8))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_packed_sequence_is_one_example() -> None:
     layer = fastseq.nn.LSTM(3, 4)
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])

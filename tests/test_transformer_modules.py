@@ -938,7 +938,8 @@ def test_explain_says_what_is_fused_and_how_long_it_takes(ours_serves: None) -> 
     assert "its norm2 has a hook" in told["1.layers.1"].note
     for name in ("1", "1.layers.0", "1.layers.1", "1.layers.1.self_attn"):
         assert told[name].milliseconds is not None and min(told[name].milliseconds) > 0
-    assert "torch ms" in str(fastseq.explain(model, profile=(x,)))
+    timed = str(fastseq.explain(model, profile=(x,)))
+    assert "torch ms" in timed and "fastseq.nn.TransformerEncoderLayer" in timed
     assert "torch ms" not in str(fastseq.explain(model))
     assert not any(module._forward_pre_hooks for module in model.modules())
 

@@ -173,11 +173,8 @@ def encoder(
         attentions = [[partial(_attend_rows, layer.self_attn, places, places, is_causal)] for layer in layers]
         return places.batch_of(stack(layers, attentions, places.rows_of(x), last))
 
-    def attend(module: MultiheadAttention, x: Tensor) -> Tensor:
-        return module(x, x, x, padding, need_weights=False, attn_mask=mask, is_causal=is_causal)[0]
-
-    y = stack(layers, [[partial(attend, layer.self_attn)] for layer in layers], x, last)
-    return cleared(y, padding, batch_first)
+    attentions = [[partial(_attend, layer.self_attn, padding, mask, is_causal)] for layer in layers]
+    return cleared(stack(layers, attentions, x, last), padding, batch_first)
 
 
 def decoder(
@@ -213,14 +210,13 @@ def decoder(
         ]
         return places.batch_of(stack(layers, attentions, places.rows_of(x), last))
 
-    def attend(module: MultiheadAttention, x: Tensor) -> Tensor:
-        return module(x, x, x, padding, need_weights=False, attn_mask=mask, is_causal=is_causal)[0]
-
-    def attend_memory(module: MultiheadAttention, x: Tensor) -> Tensor:
-        options: dict[str, Any] = dict(need_weights=False, attn_mask=memory_mask, is_causal=memory_is_causal)
-        return module(x, memory, memory, memory_padding, **options)[0]
-
-    attentions = [[partial(attend, layer.self_attn), partial(attend_memory, layer.multihead_attn)] for layer in layers]
+    attentions = [
+        [
+            partial(_attend, layer.self_attn, padding, mask, is_causal),
+            partial(_attend, layer.multihead_attn, memory_padding, memory_mask, memory_is_causal, memory=memory),
+        ]
+        for layer in layers
+    ]
     return cleared(stack(layers, attentions, x, last), padding, batch_first)
 
 
@@ -347,6 +343,19 @@ def _are_worth_packing(batch_first: bool, *batches: tuple[Tensor, Tensor | None]
                 return False
             spares = spares or int(padding.sum()) >= _LEAST_PADDING * padding.numel()
     return spares
+
+
+def _attend(
+    layer: MultiheadAttention,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    x: Tensor,
+    memory: Tensor | None = None,
+) -> Tensor:
+    """Attention of x to memory or to itself, both [N, L, E] or [L, N, E]."""
+    memory = x if memory is None else memory
+    return layer(x, memory, memory, padding, need_weights=False, attn_mask=mask, is_causal=is_causal)[0]
 
 
 def _attend_rows(

@@ -58,7 +58,9 @@ class Served(torch.nn.Module):
     @property
     def example(self) -> Tensor:
         """A tensor on the device and of the dtype on which it depends what serves this module."""
-        return next(self.parameters())
+        # Wrappers that shard or replicate a model keep its weights as plain attributes.
+        held = (t for module in self.modules() for t in (*module._parameters.values(), *vars(module).values()))
+        return next((t for t in held if isinstance(t, Tensor)), torch.empty(0))
 
     def why_torch(self) -> str | None:
         """Why this module takes torch's path whatever its input, or None."""
