@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import require_native
 from torch import Tensor, nn
 
+import fastseq
 from fastseq.nn import (
     FeedForward,
     KVCache,
@@ -146,3 +148,25 @@ def test_positions_go_with_a_cache() -> None:
         for new in x.split([3, 1, 1], 1):
             outs.append(stack(positions(new, offset=len(cache)), cache=cache))
     torch.testing.assert_close(torch.cat(outs, 1), want)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "geglu", "swiglu"])
+def test_feed_forward_is_one_pass_unless_its_dropout_is_watched(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_native()
+    calls = []
+    fused = fastseq.functional.bias_activation
+    monkeypatch.setattr(
+        "fastseq.nn.feedforward.bias_activation", lambda *args, **kw: (calls.append(kw), fused(*args, **kw))[1]
+    )
+    ours, x = FeedForward(E, 12, 0.5, activation), torch.randn(3, 4, E)
+    torch.manual_seed(1)
+    first = ours(x)
+    torch.manual_seed(1)
+    assert torch.equal(ours(x), first) and not torch.equal(ours(x), first)
+    assert [call["dropout_p"] for call in calls] == [0.5] * 3
+    evaluated = ours.eval()(x)
+    ours.dropout.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(ours(x), evaluated)
+    assert len(calls) == 4

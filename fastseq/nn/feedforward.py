@@ -6,6 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq.nn.linear import Linear
+from fastseq.ops.activation import TABLE, bias_activation, kind_of
+from fastseq.ops.contract import has_hooks, why_torch
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}
 
@@ -14,7 +18,7 @@ class FeedForward(nn.Module):
     """linear2(dropout(activation(linear1(x)))), the feed-forward network of Vaswani et al., arXiv:1706.03762.
 
     With "geglu" or "swiglu" (Shazeer, arXiv:2002.05202) linear1 gives two halves, and what comes to linear2 is
-    activation(first) * second.
+    activation(first) * second. Activation, gate and dropout are one pass over memory where a kernel serves.
 
     Args:
         d_model: E, the number of features in and out.
@@ -48,16 +52,23 @@ class FeedForward(nn.Module):
             activation = known[activation]
         self.activation = activation
         factory = dict(bias=bias, device=device, dtype=dtype)
-        self.linear1 = nn.Linear(d_model, dim_feedforward * (2 if self.is_gated else 1), **factory)
+        self.linear1 = Linear(d_model, dim_feedforward * (2 if self.is_gated else 1), **factory)
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, **factory)
+        self.linear2 = Linear(dim_feedforward, d_model, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., E], and so is what is returned."""
         x = self.linear1(x)
-        if self.is_gated:
-            x, gated = x.chunk(2, -1)
-            x = self.activation(x) * gated
-        else:
-            x = self.activation(x)
-        return self.linear2(self.dropout(x))
+        x, up = x.chunk(2, -1) if self.is_gated else (x, None)
+        kind = self._fused_kind(x)
+        if kind is not None:
+            p = self.dropout.p if self.dropout.training else 0.0
+            return self.linear2(bias_activation(x, up=up, activation=kind, dropout_p=p))
+        x = self.activation(x)
+        return self.linear2(self.dropout(x if up is None else x * up))
+
+    def _fused_kind(self, x: Any) -> str | None:
+        """What the op calls the activation, or None where it does not serve, or a user would see that it does."""
+        if not isinstance(x, Tensor) or type(self.dropout) is not nn.Dropout or has_hooks(self.dropout):
+            return None
+        return None if why_torch(TABLE, x.device.type, x.dtype) is not None else kind_of(self.activation)
