@@ -1039,3 +1039,28 @@ def test_small_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.layers[1].train()(x)
         torch.testing.assert_close(ours.eval()(x), theirs(x))
     assert len(calls) == 4 + 1 + 2
+
+
+@pytest.mark.parametrize("least", [0, 1 << 40])
+@pytest.mark.parametrize("name", ["dropout", "dropout1", "linear1"])
+def test_parts_of_other_classes_are_called(name: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastseq.nn.block.LEAST_WORK", least)
+    ours = pair("TransformerEncoderLayer", batch_first=True)[1].eval()
+    (x,) = inputs("TransformerEncoderLayer")
+    want, calls = ours(x), []
+    part = nn.Sequential(getattr(ours, name), nn.Identity())
+    part[1].register_forward_hook(lambda *_: calls.append(1))
+    setattr(ours, name, part)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(ours(x), want)
+    assert len(calls) == 2
+
+
+def test_small_layers_compile_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastseq.nn.block.LEAST_WORK", 1 << 40)
+    ours = pair("TransformerEncoder", batch_first=True)[1].eval()
+    (x,) = inputs("TransformerEncoder")
+    with torch.no_grad():
+        compiled = torch.compile(ours, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), ours(x))

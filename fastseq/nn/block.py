@@ -230,11 +230,11 @@ def cleared(x: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
 
 def _are_worth_fusing(layers: Sequence[Any], x: Any) -> bool:
     """Whether each layer has that much to do with x."""
-    if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not isinstance(layers[0].linear1, nn.Linear):
+    linear1, dropout = (layers[0]._modules.get(name) for name in ("linear1", "dropout"))
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not isinstance(linear1, nn.Linear):
         return False
-    E, FF = x.shape[2], layers[0].linear1.out_features
-    rows = x.shape[0] * x.shape[1]
-    dropped = rows * (2 * E + FF) if layers[0].dropout.training and layers[0].dropout.p else 0
+    E, FF, rows = x.shape[2], linear1.out_features, x.shape[0] * x.shape[1]
+    dropped = rows * (2 * E + FF) if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p else 0
     return x.device.type != "cpu" or rows * (4 * E * E + 2 * E * FF) >= LEAST_WORK or dropped >= LEAST_DROPPED
 
 
@@ -245,7 +245,8 @@ def is_torchs(layer: Any, x: Any, mask: Any, padding: Any, is_causal: bool) -> b
     return (
         not (layer.training or is_causal)
         and mask is padding is None
-        and type(x) is Tensor
+        and isinstance(x, Tensor)
+        and is_plain(x)
         and not needs_graph(x, *_weights(layer))
         and not modules._has_any_global_hook()
         and why_modules(layer) is None
