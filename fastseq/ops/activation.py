@@ -17,6 +17,7 @@ from fastseq.ops.contract import (
     check_tensor,
     grads_or_none,
     has_hooks,
+    implement,
     is_plain,
     is_transformed,
     needs_graph,
@@ -183,11 +184,7 @@ def _autograd(*args):  # type: ignore[no-untyped-def]
         return torch.ops.fastseq.activation(*args)
 
 
-LIBRARY.impl("activation", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("activation_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("activation", _autograd, "Autograd")
-torch.library.register_fake("fastseq::activation", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastseq::activation_backward", _backward_fake, lib=LIBRARY)
+implement("activation", _forward, _backward, _autograd, _forward_fake, _backward_fake)
 
 
 class _Function(torch.autograd.Function):

@@ -15,6 +15,7 @@ from fastseq.ops.contract import (
     below_autograd,
     computes_in,
     grads_or_none,
+    implement,
     is_plain,
     is_transformed,
     needs_graph,
@@ -317,11 +318,7 @@ def _autograd(*args):  # type: ignore[no-untyped-def]
         return torch.ops.fastseq.attention(*args)
 
 
-LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention", _autograd, "Autograd")
-torch.library.register_fake("fastseq::attention", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastseq::attention_backward", _backward_fake, lib=LIBRARY)
+implement("attention", _forward, _backward, _autograd, _forward_fake, _backward_fake)
 
 
 class _Function(torch.autograd.Function):

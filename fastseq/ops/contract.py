@@ -2,7 +2,7 @@
 helpers for their autograd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,22 @@ LIBRARY = torch.library.Library("fastseq", "DEF")
 
 # Entered by an op's autograd kernel when it calls the op again, to reach what computes.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def implement(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    autograd: Callable[..., Any],
+    forward_fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+) -> None:
+    """Gives the ops `name` and `name_backward`, whose schemas are defined, what runs on tensors of each kind."""
+    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"fastseq::{name}", forward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"fastseq::{name}_backward", backward_fake, lib=LIBRARY)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}

@@ -18,6 +18,7 @@ from fastseq.ops.contract import (
     autocast_dtype,
     below_autograd,
     grads_or_none,
+    implement,
     is_plain,
     is_transformed,
     needs_graph,
@@ -214,11 +215,7 @@ def _autograd(*args):  # type: ignore[no-untyped-def]
         return torch.ops.fastseq.cross_entropy(*args)
 
 
-LIBRARY.impl("cross_entropy", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("cross_entropy_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("cross_entropy", _autograd, "Autograd")
-torch.library.register_fake("fastseq::cross_entropy", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastseq::cross_entropy_backward", _backward_fake, lib=LIBRARY)
+implement("cross_entropy", _forward, _backward, _autograd, _forward_fake, _backward_fake)
 
 
 def _check_targets(target: Tensor, V: int, ignore_index: int) -> None:

@@ -15,6 +15,7 @@ from fastseq.ops.contract import (
     below_autograd,
     check_dropout,
     check_tensor,
+    implement,
     is_plain,
     is_transformed,
     needs_graph,
@@ -266,11 +267,7 @@ def _autograd(*args):  # type: ignore[no-untyped-def]
         return torch.ops.fastseq.norm(*args)
 
 
-LIBRARY.impl("norm", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("norm_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("norm", _autograd, "Autograd")
-torch.library.register_fake("fastseq::norm", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastseq::norm_backward", _backward_fake, lib=LIBRARY)
+implement("norm", _forward, _backward, _autograd, _forward_fake, _backward_fake)
 
 
 class _Function(torch.autograd.Function):

@@ -16,6 +16,7 @@ from fastseq.ops.contract import (
     LIBRARY,
     below_autograd,
     grads_or_none,
+    implement,
     is_plain,
     is_transformed,
     needs_graph,
@@ -231,11 +232,7 @@ class Recurrent:
             " Tensor? reset_h, Tensor? reset_c, Tensor y, Tensor gates, Tensor cells, bool[] needs)"
             " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c, Tensor[] dweights)"
         )
-        LIBRARY.impl(name, self._forward, "CompositeExplicitAutograd")
-        LIBRARY.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
-        LIBRARY.impl(name, self._autograd, "Autograd")
-        torch.library.register_fake(f"fastseq::{name}", self._forward_fake, lib=LIBRARY)
-        torch.library.register_fake(f"fastseq::{name}_backward", self._backward_fake, lib=LIBRARY)
+        implement(name, self._forward, self._backward, self._autograd, self._forward_fake, self._backward_fake)
         self._op = getattr(torch.ops.fastseq, name)
         self._backward_op = getattr(torch.ops.fastseq, f"{name}_backward")
 
