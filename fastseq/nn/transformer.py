@@ -1,4 +1,4 @@
-"""Transformers whose layers are torch.nn's formula on fastseq's attention, in training and in evaluation."""
+"""Transformers: layers and stacks by fused pieces (`fastseq.nn.block`), or by torch.nn's formula and their modules."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -52,8 +52,8 @@ class _Layer(Served):
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """Drop-in for `torch.nn.TransformerEncoderLayer`: the same arguments, parameters and results.
 
-    It is always computed by `_sa_block` and `_ff_block`, which a subclass may override, and the modules that these
-    call, whose hooks run. torch's has another path for evaluation without gradients, which does neither.
+    Fused pieces compute it, unless `_sa_block` or `_ff_block` is overridden, or a module in it has hooks or another
+    class: then it goes through those. Where a boolean src_key_padding_mask leaves places out, the result is zeros.
     """
 
     @wraps(nn.TransformerEncoderLayer.__init__)  # type: ignore[misc]
@@ -110,7 +110,9 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """Drop-in for `torch.nn.TransformerDecoderLayer`: the same arguments, parameters and results.
 
-    It is computed by `_sa_block`, `_mha_block` and `_ff_block`, which a subclass may override.
+    Fused pieces compute it, unless `_sa_block`, `_mha_block` or `_ff_block` is overridden, or a module in it has hooks
+    or another class: then it goes through those. Where a boolean tgt_key_padding_mask leaves places out, the result is
+    zeros.
     """
 
     attentions = ("self_attn", "multihead_attn")
