@@ -19,7 +19,8 @@ class Linear(Served, torch.nn.Linear):
         """[..., out_features] of input [..., in_features]."""
         if type(input) is not Tensor:
             node = self._node(input)
-            return linear(input, self.weight, self.bias) if node is None else node
-        if input.numel() * self.out_features < WORTHWHILE_FOR_A_ROW:  # sparing small layers all other questions
+            if node is not None:
+                return node
+        elif input.numel() * self.out_features < WORTHWHILE_FOR_A_ROW:  # sparing small layers all other questions
             return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)

@@ -363,17 +363,15 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
         Raises:
             RuntimeError, TypeError, ValueError: with cache, what `KVCache` says.
         """
-        node = self._node(
-            tgt,
-            memory,
+        options: dict[str, Any] = dict(
             tgt_mask=tgt_mask,
             memory_mask=memory_mask,
             tgt_key_padding_mask=tgt_key_padding_mask,
             memory_key_padding_mask=memory_key_padding_mask,
             tgt_is_causal=tgt_is_causal,
             memory_is_causal=memory_is_causal,
-            cache=cache,
         )
+        node = self._node(tgt, memory, **options, cache=cache)
         if node is not None:
             return node
         if cache is not None:
@@ -391,17 +389,9 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
             fused = block.decoder(self.layers, self.norm, tgt, memory, *masks, tgt_is_causal, memory_is_causal)
             if fused is not None:
                 return fused
+        options["tgt_is_causal"] = tgt_is_causal
         for layer in self.layers:
-            tgt = layer(
-                tgt,
-                memory,
-                tgt_mask=tgt_mask,
-                memory_mask=memory_mask,
-                tgt_key_padding_mask=tgt_key_padding_mask,
-                memory_key_padding_mask=memory_key_padding_mask,
-                tgt_is_causal=tgt_is_causal,
-                memory_is_causal=memory_is_causal,
-            )
+            tgt = layer(tgt, memory, **options)
         return block.cleared(self._normed(tgt), tgt_key_padding_mask, self._batch_first)
 
 
