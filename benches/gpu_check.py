@@ -258,6 +258,66 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """A recurrent decoder of [B, T, H] that looks at a memory [B, S, 2*H] at every step, by `AdditiveAttention` before
+    its steps or by `LuongAttention` after them; torch's are a loop over its cells.
+    """
+
+    cell: str
+    attend: str
+    B: int
+    T: int
+    S: int
+    H: int
+    dtype: torch.dtype = torch.bfloat16
+    training: bool = False
+
+    op = "attention_decoder"
+
+    def small(self) -> "Decoder":
+        return Decoder(**{**asdict(self), "B": 2, "T": 5, "S": 7, "H": 24})
+
+    def inputs(self, device: str) -> list[Tensor]:
+        sequence, memory = (self.B, self.T, self.H), (self.B, self.S, 2 * self.H)
+        shapes = [sequence, memory, *([sequence] if self.training else [])]
+        return [torch.randn(shape, device=device, dtype=self.dtype) for shape in shapes]
+
+    @cache  # noqa: B019  (a handful of cases)
+    def _decoder(self, device: str) -> nn.Module:
+        from fastseq.nn import AdditiveAttention, AttentionDecoder, LuongAttention
+
+        torch.manual_seed(0)
+        attention = (AdditiveAttention if self.attend == "before" else LuongAttention)(self.H, 2 * self.H)
+        decoder = AttentionDecoder(self.H, self.H, attention, self.cell, self.attend, batch_first=True)
+        return decoder.to(device, self.dtype)
+
+    def _loop(self, device: str) -> nn.Module:
+        """The same with an attention of another class: then the decoder takes one step after the other."""
+        decoder: Any = copy.deepcopy(self._decoder(device))
+        decoder.attention.__class__ = type("Attention", (type(decoder.attention),), {})
+        return decoder
+
+    def _call(self, decoder: nn.Module, inputs: list[Tensor]) -> Call:
+        x, memory, *dout = inputs
+        if not self.training:
+            return lambda: [decoder(x, memory).hidden]
+        leaves = [t.detach().requires_grad_() for t in (x, memory)]
+
+        def call() -> Sequence[Tensor]:
+            hidden = decoder(*leaves).hidden
+            return [hidden, *torch.autograd.grad(hidden, [*leaves, *decoder.parameters()], dout)]
+
+        return call
+
+    def contestants(self, device: str) -> dict[str, Callable[[list[Tensor]], Call]]:
+        decoders = {OURS: self._decoder(device), "torch": self._loop(device)}
+        return {name: partial(self._call, decoder) for name, decoder in decoders.items()}
+
+    def exact(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        return self._call(self._loop(str(inputs[0].device)).double(), [t.double() for t in inputs])()
+
+
+@dataclass(frozen=True)
 class Fused:
     """What lies between a transformer's dense layers, on [rows, columns]: gelu(x + bias), dropped, or
     layer_norm(residual + x), x dropped, or the mean of cross entropies.
@@ -338,6 +398,9 @@ def cases() -> list[Case]:
             Layer("MultiheadAttention", 64, 64, 512, 8, training=training),
             Layer("TransformerEncoderLayer", 64, 64, 512, 8, training=training),
             Layer("TransformerEncoderLayer", 8, 1024, 1024, 16, training=training),
+            Decoder("gru", "before", 64, 50, 50, 512, training=training),
+            Decoder("lstm", "after", 64, 50, 50, 512, training=training),
+            Decoder("gru", "before", 16, 100, 400, 1024, training=training),
             Fused("activation", 16384, 4096, training=training, dropout=0.1 * training),
             Fused("norm", 16384, 1024, training=training, dropout=0.1 * training),
             Fused("norm", 4096, 8192, training=training),

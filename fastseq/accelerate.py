@@ -178,6 +178,10 @@ def explain(model: nn.Module, profile: Any = None) -> Explanation:
             if type(module) not in (base, _DROP_INS[base]):
                 kind = type(module).__qualname__
             rows.append(Row(name or _WHOLE, kind, served_by, note))
+        elif isinstance(module, fastseq.nn.AttentionDecoder):
+            is_ours = type(module) is fastseq.nn.AttentionDecoder
+            kind = "fastseq.nn.AttentionDecoder" if is_ours else type(module).__qualname__
+            rows.append(Row(name or _WHOLE, kind, *_served_by(module)))
     transformers, reason = _transformers(model)
     if transformers is not None:
         rows += [Row(*told) for told in transformers.explained(model)]
@@ -210,6 +214,10 @@ def _serving(module: nn.Module, base: type[nn.Module], more: str) -> tuple[str, 
     if base in _STACKS:
         return "its layers", ""
     assert isinstance(module, Served)
+    return _served_by(module, more)
+
+
+def _served_by(module: Served, more: str = "") -> tuple[str, str]:
     example = module.example
     op, device = module.table, example.device.type
     dtype = computes_in(op.name, device, example.dtype)

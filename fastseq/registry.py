@@ -87,7 +87,15 @@ class Impl:
 
     def unavailable(self) -> str | None:
         """The reason why this machine cannot run it at all, or None."""
-        return native.unavailable() if self.is_native else jit.unavailable() if self.is_triton else None
+        if self.is_native:
+            return native.unavailable() or self._left_out()
+        return jit.unavailable() if self.is_triton else None
+
+    def _left_out(self) -> str | None:
+        """The reason why the extension does not hold it: in a source tree it may be older than this table."""
+        if hasattr(torch.ops.fastseq_native, self.target.removeprefix("fastseq_native::")):
+            return None
+        return f"the C++ extension has no {self.target.removeprefix('fastseq_native::')}: it has to be built anew"
 
     def build(self) -> str:
         """Tells one state of what is compiled from another."""

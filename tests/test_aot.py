@@ -19,7 +19,18 @@ from triton.runtime.jit import create_function_from_signature
 
 # The first of each module, in which its kernels are to be fast: nothing may go through the stack there, but for a few
 # words of recurrent kernels on sm_100, whose plans were made for the registers of sm_90.
-STACK = dict(activation=0, attention=0, cross_entropy=0, norm=0, lstm=0, gru=16, rnn_tanh=16, rnn_relu=16)
+STACK = dict(
+    activation=0,
+    attention=0,
+    attention_decoder=0,
+    causal_conv1d=0,
+    cross_entropy=0,
+    norm=0,
+    lstm=0,
+    gru=16,
+    rnn_tanh=16,
+    rnn_relu=16,
+)
 MAIN = [(module, list(aot.configurations(module))[:2]) for module in aot.modules()]
 BUILDS = [
     (module, configuration, dtype, capability)

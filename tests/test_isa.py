@@ -14,6 +14,8 @@ from fastseq import native
 TESTS = [
     "test_forward_and_tape",
     "test_backward_from_either_tape",
+    "test_forward_tape_and_backward",
+    "test_padding_is_never_read",
     "gate_functions",
     "nan_and_inf",
     "two_python_threads",
@@ -25,9 +27,12 @@ TESTS = [
 FILES = [
     "test_recurrent_ops.py",
     "test_attention_ops.py",
+    "test_attention_decoder_ops.py",
     "test_norm.py",
     "test_cross_entropy.py",
     "test_activation.py",
+    "test_causal_conv1d.py",
+    "test_conv_pool.py",
 ]
 
 

@@ -33,6 +33,22 @@ def tensors(*lead: int, K: int = 37, M: int = 50) -> tuple[Tensor, Tensor, Tenso
     return made[0], made[1], made[2]
 
 
+def test_slices_of_columns_are_copied(monkeypatch: pytest.MonkeyPatch, taken: list[tuple[int, ...]]) -> None:
+    """oneDNN multiplies matrices with gaps between their rows by a plain loop."""
+    product = ours.torch.ops.mkldnn._linear_pointwise.default
+
+    def dense_only(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        assert all(t.is_contiguous() or t.t().is_contiguous() for t in (x, weight))
+        return product(x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn._linear_pointwise, "default", staticmethod(dense_only))
+    x, weight, bias = tensors(5, K=40)
+    y = ours.linear(x[:, 3:], weight[:, 3:], bias)
+    y.sum().backward()
+    assert taken
+    torch.testing.assert_close(y, F.linear(x[:, 3:], weight[:, 3:], bias))
+
+
 @pytest.mark.parametrize("lead", [(1,), (5,), (3, 7), (2, 3, 4)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_results_and_gradients_are_torchs(taken: list[tuple[int, ...]], lead: tuple[int, ...], with_bias: bool) -> None:

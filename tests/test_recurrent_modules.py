@@ -296,6 +296,18 @@ def test_autocast_gives_torchs_dtypes(kind: str) -> None:
         assert flat(ours.double()(x.double()))[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_takes_a_low_state_beside_lengths(kind: str) -> None:
+    _, ours = pair(7, 11, kind=kind)
+    x, lengths, h = torch.randn(6, 3, 7), torch.tensor([6, 2, 4]), torch.randn(1, 3, 11).to(torch.bfloat16)
+    state = (h, h) if kind == "LSTM" else h
+    wide = (h.float(), h.float()) if kind == "LSTM" else h.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as from a dense layer before
+        got = flat(ours(x, state, lengths=lengths))
+    for low, right in zip(got, flat(ours(x, wide, lengths=lengths)), strict=True):
+        torch.testing.assert_close(low.float(), right, rtol=2e-2, atol=2e-2)
+
+
 def hidden(*shape: int) -> Tensor:
     return torch.zeros(shape)
 

@@ -366,5 +366,6 @@ def test_a_series_is_captured_the_second_time_and_replayed_from_then_on(monkeypa
     assert run(ours) == 20 and made[0].captures == made[0].replays == 1
     assert run(ours) == 0 and made[0].replays == 2
     assert run(others) == 20 and len(made) == 1  # another address, another series
+    assert run(ours.view(torch.int32)) == 20 and len(made) == 1  # and so is another dtype at the same one
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert run(ours) == 20 and made[0].replays == 2  # goes into the caller's graph

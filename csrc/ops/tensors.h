@@ -30,6 +30,7 @@ inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, cons
   const int32_t type = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
                        : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
+                       : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
                                                      : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides, type,

@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.linear import Linear
+from fastseq.nn.places import LEAST_PADDING, Places
 from fastseq.ops import activation as activation_op
 from fastseq.ops import attention as attention_op
 from fastseq.ops import norm as norm_op
@@ -26,73 +27,9 @@ from fastseq.ops.linear import linear
 from fastseq.ops.norm import KINDS, Arguments, norm
 
 _TABLES = (attention_op.TABLE, norm_op.TABLE, activation_op.TABLE)
-# With less of a batch left out, taking the rows out and putting them back costs more than it spares.
-_LEAST_PADDING = 1 / 16
 # Multiply-adds of a layer's dense parts from which fused pieces pay for some 150 us of Python that they take more; and
 # elements that would be dropped, for which torch takes 5 ns each.
 LEAST_WORK, LEAST_DROPPED = 24 << 20, 1 << 15
-
-
-class Places(NamedTuple):
-    """Which places of a batch [N, L, ...], or [L, N, ...], are rows, sample by sample.
-
-    Attributes:
-        shape: N and L.
-        batch_first: whether it is [N, L, ...].
-        taken: [rows] of the batch's places as they lie in memory.
-        ends: [N + 1] int64, where each sample's rows begin, and their end.
-    """
-
-    shape: tuple[int, int]
-    batch_first: bool
-    taken: Tensor
-    ends: Tensor
-
-    @classmethod
-    def of(cls, padding: Tensor | None, x: Tensor, batch_first: bool) -> "Places":
-        """Those of x that are not true in padding [N, L]."""
-        N, L = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-        present = torch.ones(N, L, dtype=torch.bool) if padding is None else ~padding
-        sample, place = present.nonzero(as_tuple=True)
-        taken = sample * L + place if batch_first else place * N + sample
-        ends = torch.zeros(N + 1, dtype=torch.int64)
-        torch.cumsum(present.sum(1), 0, out=ends[1:])
-        return cls((N, L), batch_first, taken, ends)
-
-    def rows_of(self, x: Tensor) -> Tensor:
-        """[rows, E] of x [N, L, E]."""
-        return _Take.apply(x.flatten(0, 1), self.taken)
-
-    def batch_of(self, rows: Tensor) -> Tensor:
-        """The reverse, with zeros elsewhere."""
-        N, L = self.shape
-        lead = (N, L) if self.batch_first else (L, N)
-        return _Put.apply(rows, self.taken, N * L).unflatten(0, lead)
-
-
-class _Take(torch.autograd.Function):
-    """Rows by their numbers, each of which occurs once: unlike torch's function, whose gradient must add up."""
-
-    @staticmethod
-    def forward(ctx, x, taken):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(taken)
-        ctx.count = len(x)
-        return x.index_select(0, taken)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return _Put.apply(dy, *ctx.saved_tensors, ctx.count), None
-
-
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, taken, count):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(taken)
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, taken, rows)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return _Take.apply(dy, *ctx.saved_tensors), None, None
 
 
 Block = Callable[[Tensor], Tensor]
@@ -342,7 +279,7 @@ def _are_worth_packing(batch_first: bool, *batches: tuple[Tensor, Tensor | None]
                 return False
             if padding.shape != (x.shape[:2] if batch_first else x.shape[1::-1]):
                 return False
-            spares = spares or int(padding.sum()) >= _LEAST_PADDING * padding.numel()
+            spares = spares or int(padding.sum()) >= LEAST_PADDING * padding.numel()
     return spares
 
 

@@ -69,7 +69,8 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
             given_input = x if packed else input
             lengths, reset, reset_states = self._options(given_input, packed, lengths, reset, reset_state)
             per_layer = len(weights) // self.num_layers
-            op.check(self._arguments(0, x, states, weights[:per_layer], sizes, lengths, reset, reset_states))
+            like_x = cast(states, x.dtype)  # under autocast they may be of another dtype
+            op.check(self._arguments(0, x, like_x, weights[:per_layer], sizes, lengths, reset, reset_states))
 
         given = x.dtype
         compute, wanted = self._dtypes(x, low)

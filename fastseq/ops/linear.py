@@ -103,8 +103,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: 
     """Of rows x [rows, K]."""
     if _is_worthwhile(len(x), weight):
         epilogue, variant = _EPILOGUES[activation]
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, epilogue, [], variant)
+        return torch.ops.mkldnn._linear_pointwise.default(_dense(x), _dense(weight), bias, epilogue, [], variant)
     return _ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Without gaps between its rows or columns: for others, like slices of columns, oneDNN has only a plain loop."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 class _Function(torch.autograd.Function):

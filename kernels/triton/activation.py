@@ -42,7 +42,7 @@ def _normal(x):
 
 
 @triton.jit
-def _sigmoids(x):
+def sigmoids(x):
     """sigmoid(x) and 1 - sigmoid(x), of which neither cancels."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     large = 1.0 / (1.0 + e)
@@ -65,11 +65,11 @@ def _activate(x, given, KIND: tl.constexpr):
         # (1 + tanh(u)) / 2 = sigmoid(2u). Far out the slope is constant, but a square may overflow.
         near = tl.minimum(tl.maximum(x, -64.0), 64.0)
         square = near * near
-        s, rest = _sigmoids(1.5957691216057308 * near * (1.0 + 0.044715 * square))
+        s, rest = sigmoids(1.5957691216057308 * near * (1.0 + 0.044715 * square))
         value = x * s
         given *= s + x * (s * rest) * (1.5957691216057308 * (1.0 + 3 * 0.044715 * square))
     elif KIND == SILU:
-        s, rest = _sigmoids(x)
+        s, rest = sigmoids(x)
         value = x * s
         given *= s * (1.0 + x * rest)
     return value, given

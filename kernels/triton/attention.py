@@ -810,13 +810,13 @@ def _launch(table: dict, arguments: Arguments) -> Launch:
     tiles = INTERPRETED_TILES
     if not jit.is_interpreted():
         widest = max(_power(query.shape[3]), _power(value.shape[3]))
-        kind = _precision() if query.dtype == torch.float32 else "half"
+        kind = precision_of_float32() if query.dtype == torch.float32 else "half"
         tiles = next(tiles for width, tiles in table[kind].items() if widest <= width)
     L, S, warps, stages = tiles
     return Launch(L, S, dict(BLOCK_L=L, BLOCK_S=S, num_warps=warps, num_stages=stages))
 
 
-def _precision() -> str:
+def precision_of_float32() -> str:
     """Of products of float32, as torch's flags say."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -863,7 +863,7 @@ def _problem(arguments: Arguments) -> tuple[Problem, tuple[int, ...]]:
         bound(bottom),
         bound(softcap > 0),
         bound(seed is not None and p > 0),
-        bound(_precision()),
+        bound(precision_of_float32()),
     )
     # Nothing is farther away, and kernels count in 32 bits.
     return problem, (L, S, *(min(bound, L + S) for bound in (left, right)), *halves_of(seed))

@@ -29,7 +29,7 @@ class Launch(NamedTuple):
 
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that do the same to the same memory."""
-        values = (v.data_ptr() if isinstance(v, Tensor) else v for v in self.arguments.values())
+        values = ((v.data_ptr(), v.dtype) if isinstance(v, Tensor) else v for v in self.arguments.values())
         return self.kernel, self.grid, *values
 
 

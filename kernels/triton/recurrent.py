@@ -89,7 +89,7 @@ def _chunks(p, ok, COUNT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, 
 
 
 @triton.jit
-def _product(
+def product(
     weights,  # all chunks of them, or None: then they are loaded
     p_w,  # [M] where each weight vector starts
     w_ok,
@@ -239,7 +239,7 @@ def forward_kernel(
         elif RESIDENT:
             tl.debug_barrier()  # its own stores of the step before
         before, after = (s % 2) * D * B, ((s + 1) % 2) * D * B
-        a0 = _product(
+        a0 = product(
             weights, p_vectors, w_ok, p_h + (before + vectors) * K, row_ok,
             SLOTS * BLOCK_U, BLOCK_B, K, BLOCK_K, SPLIT, AHEAD, PRECISION,
         )  # fmt: skip
@@ -310,7 +310,7 @@ def project_kernel(
     anew = run
     if p_reset is not None:
         anew = _starts_anew(p_reset, p_lengths, s, t, d, rows, row_ok, T, B)[None, :]
-    h = _product(
+    h = product(
         None, p_w + (d * P + units).to(tl.int64) * H, unit_ok, p_m + vectors * H, row_ok,
         BLOCK_U, BLOCK_B, H, BLOCK_K, SPLIT, 1, PRECISION,
     )  # fmt: skip
@@ -414,7 +414,7 @@ def backward_kernel(
                 _wait(p_count, (k - first) * tl.num_programs(0))
         elif RESIDENT:
             tl.debug_barrier()  # its own stores of the step before
-        acc = _product(
+        acc = product(
             weights, p_vectors, unit_ok,
             p_v + (place if PROJECTED else d.to(tl.int64) * N + start_later + rows) * V, runs if PROJECTED else ran,
             BLOCK_U, BLOCK_B, K, BLOCK_K, SPLIT, AHEAD, PRECISION,
@@ -486,7 +486,7 @@ def project_back_kernel(
         start = tl.load(p_starts + t, mask=s >= 0, other=0)
         start_later = tl.load(p_starts + later, mask=first > 0, other=0)
     dh = tl.load(p_dh + state, mask=ok, other=0.0)
-    dh += _product(
+    dh += product(
         None, p_w + (d * P + units).to(tl.int64) * K, unit_ok, p_v + (d.to(tl.int64) * N + start_later + rows) * K, ran,
         BLOCK_U, BLOCK_B, K, BLOCK_K, SPLIT, 1, PRECISION,
     )  # fmt: skip
@@ -546,7 +546,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0).contiguous() if len(tensors) == 1 else torch.stack(tensors)
 
 
-class _Layer:
+class Layer:
     """A call's arguments as the kernels take them.
 
     Attributes:
@@ -664,13 +664,7 @@ class _Layer:
                 T=self.T,
                 B=self.B,
                 PRECISION=self.precision,
-                BLOCK_U=chosen.units,
-                BLOCK_B=chosen.rows,
-                BLOCK_K=chosen.k,
-                SPLIT=chosen.split,
-                num_warps=chosen.warps,
-                num_stages=chosen.stages,
-                maxnreg=chosen.registers,
+                **chosen.options,
             ),
         )
 
@@ -714,7 +708,7 @@ def _forward(
     reset_h: Tensor | None = None,
     reset_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layer = _Layer(cell, runtime, x, weights, bidirectional, batch_sizes, lengths, reset)
+    layer = Layer(cell, runtime, x, weights, bidirectional, batch_sizes, lengths, reset)
     T, B, N, H, P, D, G = layer.T, layer.B, layer.N, layer.H, layer.P, layer.D, cell.gates
     save_gates = save_tape and cell.tape > 0
     pre = x.new_empty(D, N, (cell.tape if save_gates else G) * H)
@@ -787,7 +781,7 @@ def _backward(
     cells: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    layer = _Layer(cell, runtime, x, weights, bidirectional, batch_sizes, lengths, reset)
+    layer = Layer(cell, runtime, x, weights, bidirectional, batch_sizes, lengths, reset)
     T, B, N, H, P, D, G = layer.T, layer.B, layer.N, layer.H, layer.P, layer.D, cell.gates
     A = cell.tape or G
     y = y.reshape(N, D * P)
@@ -881,6 +875,12 @@ def implementation(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]]:
 CHIPS = {80: Chip(108, 163 << 10, 80), 90: Chip(132, 227 << 10, 90), 100: Chip(148, 227 << 10, 100)}
 
 
+def once(launches: list[Launch], steps: int, device: torch.device) -> None:
+    """Stands for `run` where launches are caught: each comes once."""
+    for launch in launches:
+        launch(0)
+
+
 def ahead_of_time(cell: Cell) -> dict[str, Callable[..., None]]:
     """What is compiled and looked at without a GPU: by the name of a configuration a function of a dtype, and of the
     compute capability to plan for, that calls the op's host code on tensors without memory and launches each kernel
@@ -891,10 +891,6 @@ def ahead_of_time(cell: Cell) -> dict[str, Callable[..., None]]:
 
     def configuration(H: int, B: int, P: int = 0, precision: str = "tf32", full: bool = False):  # type: ignore[no-untyped-def]
         def training(dtype: torch.dtype, capability: int = 80) -> None:
-            def once(launches: list[Launch], steps: int, device: torch.device) -> None:
-                for launch in launches:
-                    launch(0)
-
             def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
                 return torch.empty(shape, dtype=of, device="meta")
 

@@ -46,6 +46,19 @@ class Plan(NamedTuple):
     def grid(self, outputs: int, B: int, D: int) -> tuple[int, int, int]:
         return _tiles(outputs, self.units), _tiles(B, self.rows), D
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What kernels are compiled with for these tiles."""
+        return dict(
+            BLOCK_U=self.units,
+            BLOCK_B=self.rows,
+            BLOCK_K=self.k,
+            SPLIT=self.split,
+            num_warps=self.warps,
+            num_stages=self.stages,
+            maxnreg=self.registers,
+        )
+
 
 def _tiles(n: int, tile: int) -> int:
     return -(-n // tile)

@@ -1,6 +1,9 @@
 // All CPU kernels, for the instruction set that the including source names.
 #include "cpu/activation_kernel.h"
+#include "cpu/attention_decoder_kernel.h"
 #include "cpu/attention_kernel.h"
+#include "cpu/causal_conv1d_kernel.h"
+#include "cpu/conv_pool_kernel.h"
 #include "cpu/cross_entropy_kernel.h"
 #include "cpu/gru_kernel.h"
 #include "cpu/lstm_kernel.h"
@@ -21,6 +24,10 @@ const RecurrentKernels lstm_kernels = kernels_of<Lstm>(), gru_kernels = kernels_
 extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {attention_forward<float>, attention_forward<double>,
                                             attention_backward<float>, attention_backward<double>};
+extern const AttentionDecoderKernels attention_decoder_kernels;
+const AttentionDecoderKernels attention_decoder_kernels = {
+    attention_decoder_forward<float>, attention_decoder_forward<double>, attention_decoder_backward<float>,
+    attention_decoder_backward<double>};
 
 extern const NormKernels norm_kernels;
 const NormKernels norm_kernels = {norm_forward<float>, norm_forward<double>, norm_backward<float>,
@@ -28,6 +35,12 @@ const NormKernels norm_kernels = {norm_forward<float>, norm_forward<double>, nor
 extern const ActivationKernels activation_kernels;
 const ActivationKernels activation_kernels = {activation_forward<float>, activation_forward<double>,
                                               activation_backward<float>, activation_backward<double>};
+extern const CausalConvKernels causal_conv1d_kernels;
+const CausalConvKernels causal_conv1d_kernels = {causal_conv1d_forward<float>, causal_conv1d_forward<double>,
+                                                 causal_conv1d_backward<float>, causal_conv1d_backward<double>};
+extern const ConvPoolKernels conv_pool_kernels;
+const ConvPoolKernels conv_pool_kernels = {conv_pool_forward<float>, conv_pool_forward<double>,
+                                           conv_pool_backward<float>, conv_pool_backward<double>};
 extern const CrossEntropyKernels cross_entropy_kernels;
 const CrossEntropyKernels cross_entropy_kernels = {cross_entropy_forward<float>, cross_entropy_forward<double>,
                                                    cross_entropy_backward<float>, cross_entropy_backward<double>};
