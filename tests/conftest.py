@@ -1,6 +1,10 @@
 """What every test shares: seeded randomness, poisoned buffers, and skips that FASTSEQ_REQUIRE turns into failures."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
+from types import ModuleType
 
 # Before the extension is loaded: it fills every buffer that it allocates with NaN, so that an element that a kernel
 # forgot cannot pass for a zero.
@@ -14,6 +18,7 @@ import fastseq
 from fastseq.ops.attention import Arguments
 from fastseq.registry import Impl, Op
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 REQUIRED = {name for name in os.environ.get("FASTSEQ_REQUIRE", "").split(",") if name}
 
 
@@ -90,3 +95,23 @@ def require_native() -> None:
 
     if native.unavailable() is not None:
         (pytest.fail if "cpp" in REQUIRED else pytest.skip)(f"cpp: {native.unavailable()}")
+
+
+_imported: dict[str, ModuleType] = {}
+
+
+def example(name: str) -> ModuleType:
+    """A module of examples/, imported as when one is run: from their own folder.
+
+    Other imports never see them: datasets is a name of Hugging Face's, too.
+    """
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    others = {other: sys.modules.pop(other) for other in names if other in sys.modules}
+    sys.modules.update(_imported)
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        _imported.update({other: sys.modules.pop(other) for other in names if other in sys.modules})
+        sys.modules.update(others)
