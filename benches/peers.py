@@ -34,6 +34,7 @@ class Task:
         dy: the gradient of the first output, in training.
         outputs: how many of the layer's outputs count as results.
         aligned: brings an output, or the gradient of an input, into the form that all tasks of a job share.
+        tolerance: how many times the usual one is allowed.
     """
 
     layer: nn.Module
@@ -41,15 +42,18 @@ class Task:
     dy: Tensor | None = None
     outputs: int = 1
     aligned: Callable[[Tensor], Tensor] = lambda result: result
+    tolerance: float = 1.0
 
     @property
     def names(self) -> list[str]:
         """Of its results: the outputs and, in training, the gradients of inputs and parameters."""
         outputs = ["y", "weights"][: self.outputs]
-        if self.dy is None:
-            return outputs
-        trained = [name for name, parameter in self.layer.named_parameters() if parameter.requires_grad]
-        return [*outputs, *(f"d{name}" for name in (*self.inputs, *trained))]
+        return outputs if self.dy is None else [*outputs, *(f"d{name}" for name in (*self.inputs, *self.trained))]
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are, by name, and in the order of their names: peers may define them in another one."""
+        return {name: p for name, p in sorted(self.layer.named_parameters()) if p.requires_grad}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def call_of(module: Callable[..., Any], task: Task) -> Call:
         return lambda: module(*inputs)[: task.outputs]
     leaves = [x.detach().clone().requires_grad_() for x in task.inputs.values()]
     count = len(leaves)
-    leaves += [parameter for parameter in task.layer.parameters() if parameter.requires_grad]
+    leaves += task.trained.values()
 
     def step() -> list[Tensor | None]:
         for leaf in leaves:
