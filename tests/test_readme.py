@@ -1,4 +1,4 @@
-"""The README's lines on transformers do what they say."""
+"""The README's lines on transformers and models do what they say, and those of the pages on models."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ from torch import nn
 
 import fastseq
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SECTION = README.partition("### Transformers\n")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 
@@ -50,3 +51,47 @@ def test_models_of_hugging_face(tmp_path: Path) -> None:
         exec(lines, names)
         assert names["model"].config._attn_implementation == "fastseq"
         assert fastseq.explain(names["model"]).rows[0].served_by != "transformers"
+
+
+class Names(dict):
+    """What the lines on models speak of."""
+
+    def __init__(self) -> None:
+        V, B, S, T = 40, 3, 7, 5
+        tokens = torch.randint(V, (B, T))
+        super().__init__(
+            fastseq=fastseq, torch=torch, V=V, BOS=0, EOS=1, src_vocabulary=V, tgt_vocabulary=V, classes=5,
+            src=torch.randint(V, (B, S)), tgt_in=tokens, tgt_out=tokens, tokens=tokens,
+            src_lengths=torch.tensor([7, 1, 4]), tgt_lengths=torch.tensor([2, 5, 1]), lengths=torch.tensor([2, 5, 1]),
+            windows=[(tokens, tokens), (tokens, tokens)], loss=nn.CrossEntropyLoss(), images=torch.randn(B, 1, 28, 28),
+            x=torch.randn(B, 512, T), x_next=torch.randn(B, 512, 1), y=torch.randn(B, T, 256),
+            memory=torch.randn(B, S, 512), padding=torch.zeros(B, S, dtype=torch.bool),
+        )  # fmt: skip
+
+
+def test_models_and_what_they_generate() -> None:
+    names = Names()
+    exec(BLOCKS[3], names)
+    assert len(names["found"]) == 3 and isinstance(names["found"][0][0].score, float)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/models").glob("*.md")), ids=lambda page: page.stem)
+def test_pages_of_models(page: Path) -> None:
+    names = Names()
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, names)
+
+
+def test_page_of_decoding() -> None:
+    from fastseq.models import Seq2Seq
+
+    names, blocks = Names(), re.findall(r"```python\n(.*?)```", (ROOT / "docs/decoding.md").read_text(), re.DOTALL)
+    names["lengths"] = names["src_lengths"]
+    names["model"] = model = Seq2Seq(40, 40, 16, 16, attention="luong").eval()
+    names |= dict(tokens=names["tokens"][:, 0], state=model.start(names["src"]), rows=torch.tensor([2, 0]))
+    exec(blocks[0], names)
+    assert names["logits"].shape == (3, 40)
+    exec(blocks[1], names)
+    assert len(names["found"][0]) == 3
