@@ -586,6 +586,9 @@ def test_the_extension_checks_for_itself() -> None:
         dict(pool=[0, 2]),
         dict(pool=[16, 16]),
         dict(pool=[9, 1]),
+        dict(stride=[2**60, 1]),
+        dict(padding=[1, 2**60]),
+        dict(pool=[2**32, 2**32]),
     ]
     for change in bad:
         with pytest.raises(RuntimeError, match="conv_pool: "):
@@ -605,6 +608,22 @@ def test_the_extension_checks_for_itself() -> None:
         with pytest.raises(RuntimeError, match="conv_pool: "):
             backward(dy, tape, *backward_arguments(good), needs)
     torch.testing.assert_close(y, reference.forward(*good, True)[0])
+
+
+def test_steps_too_large_for_the_kernel_are_torchs() -> None:
+    x, weight = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3)
+    for options in (dict(stride=2**60, padding=2**60), dict(stride=100), dict(padding=200)):
+        torch.testing.assert_close(conv_relu_pool(x, weight, pool=1, **options), F.conv2d(x, weight, **options).relu())
+
+
+@each_implementation
+def test_positions_outside_of_a_window_reach_nothing(impl: Impl) -> None:
+    """No forward gives such a tape; addresses must not be made of it."""
+    require(TABLE, impl, "cpu", torch.float32)
+    arguments = Case(2, 16, 8, (8, 8)).arguments("cpu", torch.float32)
+    y, positions = impl.kernel.forward(*arguments, True)
+    dx, dweight, _ = impl.kernel.backward(y, torch.full_like(positions, 30), *backward_arguments(arguments), [True] * 3)
+    assert not dx.any() and not dweight.any()
 
 
 def test_the_module_is_a_convolution_and_what_follows() -> None:

@@ -13,6 +13,9 @@ namespace fastseq::FASTSEQ_ISA {
 
 // With fewer rows than this for each member, members share the products' columns.
 constexpr int64_t kDealtRows = 4;
+// tanh from exps is right to some 1e-7 (in double 2e-16) of 1, not of itself: where scores add up more than so much of
+// it, it is computed in full.
+constexpr double kMostOfV = 64;
 // exp(2k) of all keys is kept where it does not come to more than this.
 constexpr int64_t kKeptKeys = int64_t(64) << 20;
 
@@ -126,7 +129,8 @@ struct DecoderPass : Call {
   int64_t s_width = Arena<T>::padded(S) + Arena<T>::padded(kLanes<T>);  // with room for a vector at any place
   int64_t groups = 1, scratch_rows = 0;
   bool unpacked = all_steps() < kUnpackedRows;
-  bool keeps_keys = this->v && T_ > 1 && B * S * a_width <= kKeptKeys / int64_t(sizeof(T));  // see `exp_keys`
+  bool keeps_keys = this->v && T_ > 1 && sum_of_v() <= kMostOfV
+                    && B * S* a_width <= kKeptKeys / int64_t(sizeof(T));  // see `exp_keys`
 
   T* v_padded;   // [a_width], zeros behind A
   T* exp_keys;   // [B, S, a_width] exp(2k)
@@ -143,6 +147,11 @@ struct DecoderPass : Call {
     int64_t t = T_;
     while (t > 0 && active(t - 1) <= rank) --t;
     return t;
+  }
+  double sum_of_v() const {
+    double total = 0;
+    for (int64_t a = 0; a < A; ++a) total += std::abs(double(this->v[a]));
+    return total;
   }
   int64_t all_steps() const {
     int64_t count = 0;
@@ -399,7 +408,7 @@ struct DecoderForwardPass : DecoderPass<Cell, T, AttentionDecoderForward<T>> {
             }
         else
           each_vector<T>(0, A, [&](int64_t a, int lanes) __attribute__((always_inline)) {
-            total[0] += tanh<T>(load(p_row + a) + load(k + a, lanes)) * load(v + a);
+            total[0] += tanh<T>(load(p_row + a, lanes) + load(k + a, lanes)) * load(v + a);
           });
         e[s] = sum<T>(total[0] + total[1]);
       }

@@ -101,14 +101,13 @@ struct Positions {
 
 template <typename T, typename Call>
 struct ConvPoolPass : Call {
-  int64_t width;                 // of a band's rows, in pixels
-  int64_t taps, windows_in_row;  // pixels that a sum sees; windows in a row of them
-  int64_t band_windows, bands;   // rows of windows in a band; how many bands an image has
-  int64_t most_rows, step;       // rows of x in a band, and from one band to the next
+  int64_t width;                // of a band's rows, in pixels
+  int64_t taps;                 // pixels that a sum sees
+  int64_t band_windows, bands;  // rows of windows in a band; how many bands an image has
+  int64_t most_rows, step;      // rows of x in a band, and from one band to the next
 
   explicit ConvPoolPass(const Call& call, int64_t wanted_bands) : Call(call) {
     taps = this->kernel.h * this->kernel.w;
-    windows_in_row = this->out.w;
     width =
         std::max((this->out.w * this->window.w - 1) * this->stride.w + this->kernel.w, this->padding.w + this->in.w);
     const int64_t row = width * this->C * this->window.h * this->stride.h;
@@ -548,13 +547,14 @@ struct ConvPoolBackwardPass : ConvPoolPass<T, ConvPoolBackward<T>> {
     const uint8_t* positions = this->positions + (member * image + first) * this->O;
     const T* dy = this->dy + member * image * this->O + first * (this->dy_channels_last ? this->O : 1);
     const int64_t next_window = this->dy_channels_last ? this->O : 1, next_channel = this->dy_channels_last ? 1 : image;
+    const int64_t pixels = this->window.h * this->window.w;
     for (int64_t o = 0; o < this->O; ++o) {
       int64_t count = 0;
       for (int64_t i = 0; i < windows; ++i) {
         const uint8_t position = positions[i * this->O + o];
         scratch.offsets[count] = scratch.window_offsets[i] + of_position[position];
         scratch.gradients[count] = dy[i * next_window + o * next_channel];
-        count += position != kShut;
+        count += position < pixels;  // others are shut
       }
       store(scratch.gradients + count, Vec<T>{});
       body(o, Open<T>{scratch.offsets, scratch.gradients, count});

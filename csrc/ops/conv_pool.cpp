@@ -28,6 +28,7 @@ static const ConvPoolKernels& kernels() { return portable::conv_pool_kernels; }
 namespace {
 
 constexpr const char* kName = "conv_pool";
+constexpr int64_t kMostStep = 64;
 
 // Whether [B, C, H, W] lies in memory as [B, H, W, C], and not as it is.
 bool is_channels_last(const Tensor& t) {
@@ -74,7 +75,10 @@ struct ConvPoolInputs {
     check(x, kName, "x", {B, C, in.h, in.w}, dtype);
     check(weight, kName, "weight", {O, C, kernel.h, kernel.w}, dtype);
     check(kernel.h > 0 && kernel.w > 0, kName, "weight", "not empty");
-    check(window.h * window.w < 256, kName, "pool", "of less than 256 pixels");
+    // Of larger ones, sizes and what lies between the pixels that are read would outgrow everything.
+    for (const int64_t step : {stride.h, stride.w}) check(step <= kMostStep, kName, "stride", "at most 64");
+    for (const int64_t zeros : {padding.h, padding.w}) check(zeros <= kMostStep, kName, "padding", "at most 64");
+    check(window.h < 256 && window.w < 256 && window.h * window.w < 256, kName, "pool", "of less than 256 pixels");
     const auto windows = [](int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t window) {
       const int64_t seen = size + 2 * padding - kernel;
       return seen < 0 ? 0 : (seen / stride + 1) / window;

@@ -59,6 +59,9 @@ class _Attention(nn.Module):
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         Q, K = self.query_size, self.key_size
+        for name, t in (("query", query), ("memory", memory), ("keys", keys), ("positions", positions)):
+            if not isinstance(t, Tensor) and (t is not None or name in ("query", "memory")):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if query.dim() not in (2, 3) or query.shape[-1] != Q:
             raise ValueError(f"query must be [B, {Q}] or [B, L, {Q}], got {list(query.shape)}")
         B = query.shape[0]

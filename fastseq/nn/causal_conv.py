@@ -78,6 +78,8 @@ class CausalConv1d(nn.Module):
             raise ValueError(f"x must be [B, {self.channels}, T] or [{self.channels}, T], got {list(x.shape)}")
         if isinstance(x, Tensor) and x.shape[-2] != self.channels:
             raise ValueError(f"x must have {self.channels} channels, [..., {self.channels}, T], got {list(x.shape)}")
+        if state is not None and not isinstance(state, Tensor):
+            raise TypeError(f"state must be a torch.Tensor, got {type(state).__name__}")
         alone = isinstance(x, Tensor) and x.dim() == 2
         if alone:
             x, state = x.unsqueeze(0), None if state is None else state.unsqueeze(0)

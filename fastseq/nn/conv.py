@@ -22,6 +22,9 @@ class ConvReLUPool2d(nn.Conv2d):
         bias: whether there is one.
         device: of the parameters.
         dtype: of the parameters.
+
+    Raises:
+        ValueError: pool_size is no positive number, nor two of them; or what nn.Conv2d raises.
     """
 
     def __init__(
@@ -37,6 +40,9 @@ class ConvReLUPool2d(nn.Conv2d):
         dtype: Any = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias, device=device, dtype=dtype)
+        sides = pool_size if isinstance(pool_size, (tuple, list)) and len(pool_size) == 2 else (pool_size,)
+        if not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(f"pool_size must be a positive integer or two of them, got {pool_size!r}")
         self.pool_size = pool_size
 
     def forward(self, x: Tensor) -> Tensor:

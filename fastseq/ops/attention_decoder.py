@@ -510,7 +510,7 @@ def attention_decoder(
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it.
     """
-    if cell not in CELLS:
+    if not isinstance(cell, str) or cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     arguments = Arguments(
         gates, h0, c0, feed0, keys, values, absent, lengths, w_feed, w_hh, b_hh, w_query, v, w_out, CELLS[cell]
@@ -533,8 +533,9 @@ def check(arguments: Arguments) -> None:
         ("h0", h0, "[B, H]"),
         ("keys", keys, "[B, S, A]"),
         ("values", values, "[B, S, M]"),
+        ("w_out", w_out, "[F, M + H]"),
     ):
-        if t.dim() != form.count(",") + 1:
+        if t is not None and t.dim() != form.count(",") + 1:
             raise ValueError(f"{name} must be {form}, got {list(t.shape)}")
     (T, B), H = gates.shape[:2], h0.shape[1]
     G = reference.CELLS[cell].gates * H

@@ -35,8 +35,8 @@ class Arguments(NamedTuple):
         x: [B, C, H, W], any strides, any floating dtype; without a copy where it is contiguous, or channels_last.
         weight: [O, C, kH, kW], x's dtype.
         bias: [O], x's dtype, or None.
-        stride: of the convolution, down and across.
-        padding: zeros above and below x, and on its left and its right.
+        stride: of the convolution, down and across, at most 64.
+        padding: zeros above and below x, and on its left and its right, at most 64.
         pool: height and width of the windows, of 255 pixels at most; at least one window fits.
     """
 
@@ -254,6 +254,10 @@ def conv_pool(arguments: Arguments, save_tape: bool = True) -> Outputs:
     return Outputs(*torch.ops.fastseq.conv_pool(*arguments, save_tape))
 
 
+# What lies between the pixels that are read is kept, too.
+_MOST_STEP = 64
+
+
 def conv_relu_pool(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Any = 1, padding: Any = 0, pool: Any = 2
 ) -> Tensor:
@@ -310,6 +314,8 @@ def _taken(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, pool: Any)
     if stride is None or padding is None or pool is None:
         return None
     if min(stride) < 1 or min(padding) < 0 or min(pool) < 1 or pool[0] * pool[1] > 255:
+        return None
+    if max(*stride, *padding) > _MOST_STEP:
         return None
     if min(weight.shape) < 1 or min(x.shape[1:]) < 1 or min(pooled_size(x, weight, stride, padding, pool)) < 1:
         return None
