@@ -22,6 +22,7 @@ from training import (
     BucketSampler,
     Options,
     Trainer,
+    digest,
     exit_with_message,
     import_pyplot,
     load,
@@ -106,7 +107,12 @@ def train(kind: Kind, images: Images, options: Options, out: Path, fresh: bool =
         warmup_cosine(optimizer, options.epochs * len(sampler)),
         bfloat16=options.bfloat16,
         checkpoint=out / f"{kind.value}.safetensors",
-        config={"model": kind.value, "images": [len(images.train), *images.classes], **options._asdict()},
+        config={
+            "model": kind.value,
+            "images": [len(images.train), *images.classes],
+            "data": digest(*(tensor.numpy().tobytes() for tensor in images.train.tensors)),
+            **options._asdict(),
+        },
     )
     if not fresh and run.resume():
         console.print(f"{kind.value}: goes on from {run.checkpoint}, after {len(run.losses)} steps", soft_wrap=True)

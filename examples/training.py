@@ -85,6 +85,14 @@ def load(dataset: Dataset, sampler: BucketSampler, collate: Callable[[list[Any]]
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
 
+def digest(*parts: bytes) -> str:
+    """Tells one run's data from another's, in its config."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LambdaLR:
     """The learning rate rises over the first `warmup` of the steps and falls as half a cosine over the rest."""
     first = max(1, round(warmup * steps))

@@ -28,6 +28,7 @@ from training import (
     BucketSampler,
     Options,
     Trainer,
+    digest,
     exit_with_message,
     import_pyplot,
     load,
@@ -82,6 +83,7 @@ class Dates:
         self.source = Vocabulary(pair.text for pair in train)
         self.target = Vocabulary(pair.iso for pair in train)
         self.train = DateDataset(train, self.source, self.target)
+        self.digest = digest("\n".join(f"{pair.text} {pair.iso}" for pair in train).encode())
 
     def batches(self, texts: list[str], size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """Padded token ids [B, S] and lengths [B] of texts, in order."""
@@ -158,6 +160,7 @@ def train(
             "model": name,
             "pairs": len(dates.train),
             "characters": "".join(dates.source.characters),
+            "data": dates.digest,
             **options._asdict(),
         },
     )

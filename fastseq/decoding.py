@@ -44,7 +44,11 @@ class Generator(Protocol[State]):
     """What a model needs to generate. A state is whatever the model likes; it gets back what it gave."""
 
     def step(self, tokens: Tensor, state: State, /) -> tuple[Tensor, State]:
-        """Logits [N, V] of what follows tokens [N] int64, each the last of its row, and the state thereafter."""
+        """Logits [N, V] of what follows tokens [N] int64, each the last of its row, and the state thereafter.
+
+        The state that it is given may be changed, as a cache is: it is used no more, and each search begins with a new
+        one.
+        """
 
     def reorder(self, state: State, rows: Tensor, /) -> State:
         """The state of which row i is row rows[i] of this one; this one is used no more.
@@ -249,6 +253,8 @@ def beam_search(
     _check_model(model, "step", "reorder")
     _check_integer("beam", beam, 1)
     _check_integer("n_best", n_best, 1)
+    if type(early_stopping) is not bool:
+        raise TypeError(f"early_stopping must be a bool, got {early_stopping!r}")
     if n_best > beam:
         raise ValueError(f"n_best must be at most beam, {beam}, got {n_best}")
     ranking = _Ranking(model, bos, max_length, length_penalty, length_norm, coverage_penalty, source_lengths)

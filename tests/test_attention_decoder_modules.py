@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import device_of, require
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastseq
 from fastseq.nn import AdditiveAttention, AttentionDecoder, AttentionDecoderState, LuongAttention
@@ -468,3 +469,11 @@ def test_bad_calls_of_an_attention() -> None:
             call()
     with pytest.raises(TypeError, match=r"key_padding_mask must be a torch.bool tensor.* got torch.float32"):
         attention(query, memory, padding.float())
+
+
+def test_gradient_checkpointing() -> None:
+    decoder = fastseq.nn.AttentionDecoder(5, 8, fastseq.nn.AdditiveAttention(8, 6))
+    x, memory = torch.randn(4, 2, 5, requires_grad=True), torch.randn(3, 2, 6)
+    want = torch.autograd.grad(decoder(x, memory).hidden.sum(), x)
+    y = checkpoint(decoder, x, memory, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(y.hidden.sum(), x), want)

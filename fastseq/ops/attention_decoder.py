@@ -375,7 +375,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh, dfeeds, dweights, dh_n, dc_n, *_):  # type: ignore[no-untyped-def]
-        tensors, saved = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
+        kept = ctx.saved_tensors  # once: checkpointing unpacks a tensor no second time
+        tensors, saved = kept[:_TENSORS], kept[_TENSORS:]
         needs = ctx.needs_input_grad[1 : 1 + _TENSORS]
         grads = (dh, dfeeds, dweights, dh_n, dc_n)
         # Only the reference has a graph to give, or takes batched gradients.
