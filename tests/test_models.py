@@ -560,3 +560,12 @@ def test_schedules_refuse_a_warmup_that_is_none(warmup: Any) -> None:
 def test_importing_fastseq_does_not_import_the_models() -> None:
     code = "import sys, fastseq; sys.exit('fastseq.models' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_transformers_state_serves_one_search() -> None:
+    model = models.TransformerSeq2Seq(11, 11, 16, 2, 1, 32).eval()
+    state = model.start(torch.tensor([[1, 2, 3]]))
+    _, after = model.step(torch.tensor([4]), state)
+    with pytest.raises(ValueError, match="state must be new"):
+        model.step(torch.tensor([4]), state)
+    model.step(torch.tensor([4]), after)

@@ -141,9 +141,11 @@ class TransformerSeq2Seq(nn.Module):
         """Logits [N, V] of what follows tokens [N], and the state thereafter."""
         tokens = tokens.unsqueeze(1)
         check_tokens("tokens", tokens, self.tgt_embedding.num_embeddings)
-        x = self._embed(self.tgt_embedding, tokens, len(state.cache))  # [N, 1, d]
+        if len(state.cache) != state.length:
+            raise ValueError("state must be new, or that of the last step: another search has used it up")
+        x = self._embed(self.tgt_embedding, tokens, state.length)  # [N, 1, d]
         y = self.decoder(x, state.memory, memory_key_padding_mask=state.padding, cache=state.cache)
-        return self.output(y.squeeze(1)), state._replace(memory=None)
+        return self.output(y.squeeze(1)), state._replace(memory=None, length=len(state.cache))
 
     def reorder(self, state: "TransformerState", rows: Tensor) -> "TransformerState":
         """The state of which row i is row rows[i] of this one."""
@@ -158,12 +160,14 @@ class TransformerState(NamedTuple):
         memory: [N, S, d] the encoded source, until the cache has the keys and values of it.
         padding: [N, S] bool, where the source is padding, or None.
         source: [N] which source each row is of.
+        length: how many places the cache has; a cache that has more was gone on with from another state.
     """
 
     cache: fastseq.nn.KVCache
     memory: Tensor | None
     padding: Tensor | None
     source: Tensor
+    length: int = 0
 
     def reorder(self, rows: Tensor) -> "TransformerState":
         """Of which row i is row rows[i] of this one; this one is used no more."""
@@ -174,7 +178,7 @@ class TransformerState(NamedTuple):
         if not moves:
             return self
         memory, padding = (t if t is None else t[rows] for t in (self.memory, self.padding))
-        return TransformerState(self.cache, memory, padding, source)
+        return self._replace(memory=memory, padding=padding, source=source)
 
 
 class TransformerClassifier(nn.Module):
