@@ -18,3 +18,21 @@ const Kernels& chosen(const Kernels& portable, const Kernels& avx2, const Kernel
 }
 
 }  // namespace fastseq
+
+// Declares `name`, kernels of a type, in the namespace of each instruction set that they are compiled for, and `get()`,
+// which gives those of the chosen one.
+#define FASTSEQ_DECLARE_KERNELS(type, name, isa) \
+  namespace isa {                                \
+  extern const type name;                        \
+  }
+#if defined(__x86_64__)
+#define FASTSEQ_CHOSEN_KERNELS(type, name, get) \
+  FASTSEQ_DECLARE_KERNELS(type, name, portable) \
+  FASTSEQ_DECLARE_KERNELS(type, name, avx2)     \
+  FASTSEQ_DECLARE_KERNELS(type, name, avx512)   \
+  static const type& get() { return chosen(portable::name, avx2::name, avx512::name); }
+#else
+#define FASTSEQ_CHOSEN_KERNELS(type, name, get) \
+  FASTSEQ_DECLARE_KERNELS(type, name, portable) \
+  static const type& get() { return portable::name; }
+#endif

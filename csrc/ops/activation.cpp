@@ -9,22 +9,7 @@
 
 namespace fastseq {
 
-namespace portable {
-extern const ActivationKernels activation_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const ActivationKernels activation_kernels;
-}
-namespace avx512 {
-extern const ActivationKernels activation_kernels;
-}
-static const ActivationKernels& kernels() {
-  return chosen(portable::activation_kernels, avx2::activation_kernels, avx512::activation_kernels);
-}
-#else
-static const ActivationKernels& kernels() { return portable::activation_kernels; }
-#endif
+FASTSEQ_CHOSEN_KERNELS(ActivationKernels, activation_kernels, kernels)
 
 namespace {
 
@@ -73,10 +58,7 @@ Tensor activation(Tensor x, MaybeTensor up, MaybeTensor bias, MaybeTensor seed, 
     call.y = rows_of(y);
     kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().forward_float);
-  else
-    run(0.0, kernels().forward_double);
+  run_in(in.dtype, run, kernels().forward_float, kernels().forward_double);
   return y;
 }
 
@@ -100,10 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> activation_backward(Tensor dy, Tensor x, Mayb
     if (needs[2]) call.dbias = static_cast<Scalar*>(dbias.mutable_data_ptr());
     kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().backward_float);
-  else
-    run(0.0, kernels().backward_double);
+  run_in(in.dtype, run, kernels().backward_float, kernels().backward_double);
   if (needs[2] && in.bias_type != in.dtype) dbias = converted(dbias, in.bias_type);
   return {dx, dup, dbias};
 }

@@ -9,22 +9,7 @@
 
 namespace fastseq {
 
-namespace portable {
-extern const AttentionKernels attention_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const AttentionKernels attention_kernels;
-}
-namespace avx512 {
-extern const AttentionKernels attention_kernels;
-}
-static const AttentionKernels& kernels() {
-  return chosen(portable::attention_kernels, avx2::attention_kernels, avx512::attention_kernels);
-}
-#else
-static const AttentionKernels& kernels() { return portable::attention_kernels; }
-#endif
+FASTSEQ_CHOSEN_KERNELS(AttentionKernels, attention_kernels, kernels)
 
 namespace {
 
@@ -154,10 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
     call.wanted = wanted;
     if (lse.numel()) kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().forward_float);
-  else
-    run(0.0, kernels().forward_double);
+  run_in(in.dtype, run, kernels().forward_float, kernels().forward_double);
   return {out, lse, weights};
 }
 
@@ -208,10 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     }
     if (N * H > 0) kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().backward_float);
-  else
-    run(0.0, kernels().backward_double);
+  run_in(in.dtype, run, kernels().backward_float, kernels().backward_double);
   if (needs[3] && mask->scalar_type() != in.dtype) dmask = converted(dmask, mask->scalar_type());
   return {dq, dk, dv, dmask};
 }

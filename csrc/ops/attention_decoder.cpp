@@ -10,23 +10,7 @@
 
 namespace fastseq {
 
-namespace portable {
-extern const AttentionDecoderKernels attention_decoder_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const AttentionDecoderKernels attention_decoder_kernels;
-}
-namespace avx512 {
-extern const AttentionDecoderKernels attention_decoder_kernels;
-}
-static const AttentionDecoderKernels& kernels() {
-  return chosen(portable::attention_decoder_kernels, avx2::attention_decoder_kernels,
-                avx512::attention_decoder_kernels);
-}
-#else
-static const AttentionDecoderKernels& kernels() { return portable::attention_decoder_kernels; }
-#endif
+FASTSEQ_CHOSEN_KERNELS(AttentionDecoderKernels, attention_decoder_kernels, kernels)
 
 namespace {
 
@@ -161,10 +145,7 @@ Eight attention_decoder(Tensor gates, Tensor h0, MaybeTensor c0, MaybeTensor fee
     call.contexts = data_of<Scalar>(contexts);
     if (B > 0) kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().forward_float);
-  else
-    run(0.0, kernels().forward_double);
+  run_in(in.dtype, run, kernels().forward_float, kernels().forward_double);
   return {h, feeds, weights, h_n, c_n, saved_gates, cells, contexts};
 }
 
@@ -210,10 +191,7 @@ Ten attention_decoder_backward(MaybeTensor dh, MaybeTensor dfeeds, MaybeTensor d
     else if (call.dv)
       std::fill_n(call.dv, A, Scalar(0));
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().backward_float);
-  else
-    run(0.0, kernels().backward_double);
+  run_in(in.dtype, run, kernels().backward_float, kernels().backward_double);
   return {dgates, dgates_h, dqueries, douts, dh0, dc0, dfeed0, dkeys, dvalues, dv};
 }
 

@@ -9,22 +9,7 @@
 
 namespace fastseq {
 
-namespace portable {
-extern const CausalConvKernels causal_conv1d_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const CausalConvKernels causal_conv1d_kernels;
-}
-namespace avx512 {
-extern const CausalConvKernels causal_conv1d_kernels;
-}
-static const CausalConvKernels& kernels() {
-  return chosen(portable::causal_conv1d_kernels, avx2::causal_conv1d_kernels, avx512::causal_conv1d_kernels);
-}
-#else
-static const CausalConvKernels& kernels() { return portable::causal_conv1d_kernels; }
-#endif
+FASTSEQ_CHOSEN_KERNELS(CausalConvKernels, causal_conv1d_kernels, kernels)
 
 namespace {
 
@@ -101,10 +86,7 @@ std::tuple<Tensor, Tensor> causal_conv1d(Tensor x, Tensor weight, MaybeTensor bi
     call.y = sequences_of(y), call.final = final.mutable_data_ptr();
     kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().forward_float);
-  else
-    run(0.0, kernels().forward_double);
+  run_in(in.dtype, run, kernels().forward_float, kernels().forward_double);
   return {y, final};
 }
 
@@ -134,10 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor dy, May
     if (needs[2]) call.dbias = static_cast<Scalar*>(dbias.mutable_data_ptr());
     kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().backward_float);
-  else
-    run(0.0, kernels().backward_double);
+  run_in(in.dtype, run, kernels().backward_float, kernels().backward_double);
   if (in.weight_type != in.dtype) dweight = converted(dweight, in.weight_type);
   if (in.bias_type != in.dtype) dbias = converted(dbias, in.bias_type);
   return {dx, dweight, dbias, dstate};

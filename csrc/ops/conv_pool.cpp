@@ -8,22 +8,7 @@
 
 namespace fastseq {
 
-namespace portable {
-extern const ConvPoolKernels conv_pool_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const ConvPoolKernels conv_pool_kernels;
-}
-namespace avx512 {
-extern const ConvPoolKernels conv_pool_kernels;
-}
-static const ConvPoolKernels& kernels() {
-  return chosen(portable::conv_pool_kernels, avx2::conv_pool_kernels, avx512::conv_pool_kernels);
-}
-#else
-static const ConvPoolKernels& kernels() { return portable::conv_pool_kernels; }
-#endif
+FASTSEQ_CHOSEN_KERNELS(ConvPoolKernels, conv_pool_kernels, kernels)
 
 namespace {
 
@@ -119,10 +104,7 @@ std::tuple<Tensor, Tensor> conv_pool(Tensor x, Tensor weight, MaybeTensor bias, 
     if (save_tape) call.positions = static_cast<uint8_t*>(positions.mutable_data_ptr());
     if (in.B > 0) kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().forward_float);
-  else
-    run(0.0, kernels().forward_double);
+  run_in(in.dtype, run, kernels().forward_float, kernels().forward_double);
   return {y, positions};
 }
 
@@ -152,10 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool_backward(Tensor dy, Tensor position
     call.dweight = wanted(needs[1], dweight), call.dbias = wanted(needs[2], dbias);
     kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().backward_float);
-  else
-    run(0.0, kernels().backward_double);
+  run_in(in.dtype, run, kernels().backward_float, kernels().backward_double);
   return {dx, dweight, dbias};
 }
 

@@ -9,22 +9,7 @@
 
 namespace fastseq {
 
-namespace portable {
-extern const CrossEntropyKernels cross_entropy_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const CrossEntropyKernels cross_entropy_kernels;
-}
-namespace avx512 {
-extern const CrossEntropyKernels cross_entropy_kernels;
-}
-static const CrossEntropyKernels& kernels() {
-  return chosen(portable::cross_entropy_kernels, avx2::cross_entropy_kernels, avx512::cross_entropy_kernels);
-}
-#else
-static const CrossEntropyKernels& kernels() { return portable::cross_entropy_kernels; }
-#endif
+FASTSEQ_CHOSEN_KERNELS(CrossEntropyKernels, cross_entropy_kernels, kernels)
 
 namespace {
 
@@ -77,10 +62,7 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, MaybeTens
     call.lse = static_cast<Scalar*>(lse.mutable_data_ptr());
     if (in.rows) kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().forward_float);
-  else
-    run(0.0, kernels().forward_double);
+  run_in(in.dtype, run, kernels().forward_float, kernels().forward_double);
   return {loss, lse};
 }
 
@@ -100,10 +82,7 @@ Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, MaybeT
     call.dlogits = dlogits.mutable_data_ptr();
     if (in.rows) kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().backward_float);
-  else
-    run(0.0, kernels().backward_double);
+  run_in(in.dtype, run, kernels().backward_float, kernels().backward_double);
   return dlogits;
 }
 

@@ -9,20 +9,7 @@
 
 namespace fastseq {
 
-namespace portable {
-extern const NormKernels norm_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const NormKernels norm_kernels;
-}
-namespace avx512 {
-extern const NormKernels norm_kernels;
-}
-static const NormKernels& kernels() { return chosen(portable::norm_kernels, avx2::norm_kernels, avx512::norm_kernels); }
-#else
-static const NormKernels& kernels() { return portable::norm_kernels; }
-#endif
+FASTSEQ_CHOSEN_KERNELS(NormKernels, norm_kernels, kernels)
 
 namespace {
 
@@ -99,10 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm(Tensor x, MaybeTensor residual, 
     call.mean = data_of<Scalar>(mean), call.rstd = data_of<Scalar>(rstd);
     if (rows > 0 && (normalised || totalled)) kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().forward_float);
-  else
-    run(0.0, kernels().forward_double);
+  run_in(in.dtype, run, kernels().forward_float, kernels().forward_double);
   return {y, total, mean, rstd};
 }
 
@@ -133,10 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(MaybeTensor dy, MaybeTe
     call.dweight = data_of<Scalar>(dweight), call.dbias = data_of<Scalar>(dbias);
     kernel(call, threads());
   };
-  if (in.dtype == ScalarType::Float)
-    run(0.0f, kernels().backward_float);
-  else
-    run(0.0, kernels().backward_double);
+  run_in(in.dtype, run, kernels().backward_float, kernels().backward_double);
   if (in.weights != in.dtype) dweight = converted(dweight, in.weights), dbias = converted(dbias, in.weights);
   return {dx, dresidual, dweight, dbias};
 }

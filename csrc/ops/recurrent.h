@@ -198,10 +198,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(cons
     call.y = data(y), call.h_n = data(h_n), call.c_n = data(c_n), call.gates = data(gates), call.cells = data(cells);
     if (B > 0) kernel(call, threads());
   };
-  if (dtype == ScalarType::Float)
-    run(0.0f, op.kernels().forward_float);
-  else
-    run(0.0, op.kernels().forward_double);
+  run_in(dtype, run, op.kernels().forward_float, op.kernels().forward_double);
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -274,46 +271,16 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> r
     in.each_weight(dweights, data, call.dweights);
     kernel(call, threads());
   };
-  if (dtype == ScalarType::Float)
-    run(0.0f, op.kernels().backward_float);
-  else
-    run(0.0, op.kernels().backward_double);
+  run_in(dtype, run, op.kernels().backward_float, op.kernels().backward_double);
   return {dx, dh0, dc0, dreset_h, dreset_c, dweights};
 }
 
 }  // namespace fastseq
 
-// Declares the kernels of a cell in every instruction set and chooses among them.
-#if defined(__x86_64__)
-#define FASTSEQ_RECURRENT_KERNELS(cell)                                                    \
-  namespace fastseq {                                                                      \
-  namespace portable {                                                                     \
-  extern const RecurrentKernels cell##_kernels;                                            \
-  }                                                                                        \
-  namespace avx2 {                                                                         \
-  extern const RecurrentKernels cell##_kernels;                                            \
-  }                                                                                        \
-  namespace avx512 {                                                                       \
-  extern const RecurrentKernels cell##_kernels;                                            \
-  }                                                                                        \
-  static const RecurrentKernels& cell##_chosen() {                                         \
-    return chosen(portable::cell##_kernels, avx2::cell##_kernels, avx512::cell##_kernels); \
-  }                                                                                        \
-  }
-#else
-#define FASTSEQ_RECURRENT_KERNELS(cell)                                               \
-  namespace fastseq {                                                                 \
-  namespace portable {                                                                \
-  extern const RecurrentKernels cell##_kernels;                                       \
-  }                                                                                   \
-  static const RecurrentKernels& cell##_chosen() { return portable::cell##_kernels; } \
-  }
-#endif
-
 // Defines fastseq_native::<cell> and <cell>_backward.
 #define FASTSEQ_RECURRENT_OP(cell, gates, tape, has_cell)                                                              \
-  FASTSEQ_RECURRENT_KERNELS(cell)                                                                                      \
   namespace fastseq {                                                                                                  \
+  FASTSEQ_CHOSEN_KERNELS(RecurrentKernels, cell##_kernels, cell##_chosen)                                              \
   static const RecurrentOp cell##_op{#cell, gates, tape, has_cell, cell##_chosen};                                     \
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cell(Tensor x, MaybeTensor h0, MaybeTensor c0,             \
                                                                  std::vector<Tensor> weights, bool bidirectional,      \

@@ -128,6 +128,15 @@ Dropout<T> dropout_of(const MaybeTensor& seed, double p) {
   return made;
 }
 
+// Calls run(0, kernel) with the zero and the kernel of the dtype that is computed in.
+template <typename Run, typename Float, typename Double>
+void run_in(ScalarType dtype, const Run& run, const Float& of_float, const Double& of_double) {
+  if (dtype == ScalarType::Float)
+    run(0.0f, of_float);
+  else
+    run(0.0, of_double);
+}
+
 inline Threads threads() {
   return {int(torch::stable::get_num_threads()), [](int count, void (*body)(void*, int), void* context) {
             if (count == 1) return body(context, 1);

@@ -15,7 +15,7 @@ from fastseq.ops.contract import (
     below_autograd,
     check_dropout,
     check_tensor,
-    grads_or_none,
+    grads_through,
     has_hooks,
     implement,
     is_plain,
@@ -202,11 +202,7 @@ class _Function(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[1:4])
         # Only the reference has a graph to give, and takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(dy):
-            with torch.enable_grad():
-                # Of their own, since one input may depend on another, whose share must not be counted twice.
-                inputs: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-                rest: list[Any] = [seed, *ctx.options]
-                found = grads_or_none([reference.forward(*inputs, *rest)], inputs, needs, [dy])
+            found = grads_through(reference.forward, tensors, (seed, *ctx.options), needs, [dy])
         else:
             plain = ctx.plain and is_plain(dy, *tensors)
             compute = _backward if plain else torch.ops.fastseq.activation_backward

@@ -14,7 +14,7 @@ from fastseq.ops.contract import (
     autocast_dtype,
     below_autograd,
     computes_in,
-    grads_or_none,
+    grads_through,
     implement,
     is_plain,
     is_transformed,
@@ -341,13 +341,8 @@ class _Function(torch.autograd.Function):
         grads = [g for g in (dout, dlse, dweights) if g is not None]
         # Only the reference has a graph to give, takes batched gradients, and gradients of weights.
         if torch.is_grad_enabled() or dweights is not None or is_transformed(*grads):
-            with torch.enable_grad():
-                # Of their own, since one input may depend on another, whose share must not be counted twice.
-                inputs: list[Any] = [None if t is None else t.view_as(t) for t in tensors[:4]]
-                rest: list[Any] = [*tensors[4:], *options, return_weights]
-                outputs = reference.forward(*inputs, *rest)
-                given = [(o, g) for o, g in zip(outputs, (dout, dlse, dweights), strict=True) if g is not None]
-                found = grads_or_none([o for o, _ in given], inputs, needs, [g for _, g in given])
+            rest = (*tensors[4:], *options, return_weights)
+            found = grads_through(reference.forward, tensors[:4], rest, needs, (dout, dlse, dweights))
         else:
             plain = ctx.plain and is_plain(*tensors[:4])
             compute = _backward if plain else torch.ops.fastseq.attention_backward

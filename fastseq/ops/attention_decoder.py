@@ -16,7 +16,7 @@ from torch import Tensor
 from fastseq.ops.contract import (
     LIBRARY,
     below_autograd,
-    grads_or_none,
+    grads_through,
     implement,
     is_plain,
     is_transformed,
@@ -381,13 +381,7 @@ class _Function(torch.autograd.Function):
         grads = (dh, dfeeds, dweights, dh_n, dc_n)
         # Only the reference has a graph to give, or takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(*(g for g in grads if g is not None)):
-            with torch.enable_grad():
-                # Of their own, since one input may depend on another, whose share must not be counted twice.
-                inputs: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-                rest: list[Any] = [ctx.cell, False]
-                outputs = reference.forward(*inputs, *rest)
-                given = [(o, g) for o, g in zip(outputs[:5], grads, strict=True) if g is not None]
-                found = grads_or_none([o for o, _ in given], inputs, needs, [g for _, g in given])
+            found = grads_through(reference.forward, tensors, (ctx.cell, False), needs, grads)
         else:
             arguments = Arguments._make((*tensors, ctx.cell))
             plain = ctx.plain and is_plain(*tensors)

@@ -13,7 +13,7 @@ from fastseq.ops.contract import (
     autocast_dtype,
     below_autograd,
     check_tensor,
-    grads_or_none,
+    grads_through,
     implement,
     is_plain,
     is_transformed,
@@ -255,12 +255,7 @@ class _Function(torch.autograd.Function):
         given = (dy,) if dfinal is None else (dy, dfinal)
         # Only the reference has a graph to give, and takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(*given):
-            with torch.enable_grad():
-                # Of their own, since one input may depend on another, whose share must not be counted twice.
-                inputs: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-                rest: list[Any] = [ctx.silu]
-                outputs = reference.forward(*inputs, *rest)[: len(given)]
-                found = grads_or_none(outputs, inputs, needs, given)
+            found = grads_through(reference.forward, tensors, (ctx.silu,), needs, given)
         else:
             plain = ctx.plain and is_plain(*given, *tensors)
             compute = _backward if plain else torch.ops.fastseq.causal_conv1d_backward

@@ -147,12 +147,27 @@ def new_seed(dropout_p: float) -> Tensor | None:
     return torch.randint(2**63 - 1, (), device="cpu") if dropout_p > 0 else None
 
 
-def grads_or_none(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor]
+def grads_through(
+    forward: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    rest: Sequence[Any],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Differentiable gradients of `outputs` for the inputs that need one, None for the others."""
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    """Differentiable gradients of the inputs that need one, None for the others, through forward, a reference.
+
+    It is called with inputs and rest; grads are those of its first outputs, or of its only one, None where there is
+    none.
+    """
+    with torch.enable_grad():
+        # Of their own, since one input may depend on another, whose share must not be counted twice.
+        own = [None if t is None else t.view_as(t) for t in inputs]
+        made = forward(*own, *rest)
+        made = (made,) if isinstance(made, Tensor) else made
+        given = [(output, grad) for output, grad in zip(made, grads, strict=False) if grad is not None]
+        wanted = [t for t, need in zip(own, needs, strict=True) if need and t is not None]
+        outputs, given_grads = zip(*given, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given_grads, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 

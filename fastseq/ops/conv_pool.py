@@ -15,7 +15,7 @@ from fastseq.ops.contract import (
     LIBRARY,
     autocast_dtype,
     below_autograd,
-    grads_or_none,
+    grads_through,
     implement,
     is_plain,
     is_transformed,
@@ -230,10 +230,7 @@ class _Function(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[1:4])
         # Only the reference has a graph to give, and takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(dy):
-            with torch.enable_grad():
-                # Of their own, since one input may depend on another, whose share must not be counted twice.
-                inputs: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-                found = grads_or_none([reference.pooled(*inputs, *ctx.options)], inputs, needs, [dy])
+            found = grads_through(reference.pooled, tensors, ctx.options, needs, [dy])
         else:
             plain = ctx.plain and is_plain(dy, x, weight)
             compute = _backward if plain else torch.ops.fastseq.conv_pool_backward

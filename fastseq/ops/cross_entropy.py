@@ -17,7 +17,7 @@ from fastseq.ops.contract import (
     LIBRARY,
     autocast_dtype,
     below_autograd,
-    grads_or_none,
+    grads_through,
     implement,
     is_plain,
     is_transformed,
@@ -244,10 +244,8 @@ class _Function(torch.autograd.Function):
         logits, target, weight, lse = ctx.saved_tensors
         # Only the reference has a graph to give, and takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(dloss):
-            with torch.enable_grad():
-                own = logits.view_as(logits)  # the gradient may depend on the logits, too
-                loss, _ = reference.forward(own, target, weight, *ctx.options)
-                (dlogits,) = grads_or_none([loss], [own], [True], [dloss])
+            rest = (target, weight, *ctx.options)
+            (dlogits,) = grads_through(reference.forward, [logits], rest, [True], [dloss])
         else:
             plain = ctx.plain and is_plain(logits, dloss)
             compute = _backward if plain else torch.ops.fastseq.cross_entropy_backward

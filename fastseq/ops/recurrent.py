@@ -15,7 +15,7 @@ from torch import Tensor
 from fastseq.ops.contract import (
     LIBRARY,
     below_autograd,
-    grads_or_none,
+    grads_through,
     implement,
     is_plain,
     is_transformed,
@@ -461,15 +461,13 @@ class _Function(torch.autograd.Function):
         grads = (dy, dh_n, dc_n, dcells)
         # Only the reference has a graph to give, or takes batched gradients.
         if torch.is_grad_enabled() or is_transformed(*(g for g in grads if g is not None)):
-            with torch.enable_grad():
-                # Of their own, since one input may depend on another, whose share must not be counted twice.
-                inputs: list[Any] = [None if t is None else t.view_as(t) for t in (x, h0, c0, *options[3:], *weights)]
-                x, h0, c0, reset_h, reset_c, *weights = inputs
-                arguments = arguments._replace(x=x, h0=h0, c0=c0, weights=weights, reset_h=reset_h, reset_c=reset_c)
-                outputs = ctx.op.reference.forward(*arguments.saving(False, True))
-                given = [(o, g) for o, g in zip((*outputs[:3], outputs[4]), grads, strict=True) if g is not None]
-                outputs, given_grads = zip(*given, strict=True)
-                found = grads_or_none(outputs, inputs, needs, given_grads)
+
+            def forward(x, h0, c0, reset_h, reset_c, *weights):  # type: ignore[no-untyped-def]
+                own = arguments._replace(x=x, h0=h0, c0=c0, weights=weights, reset_h=reset_h, reset_c=reset_c)
+                y, h_n, c_n, _, cells = ctx.op.reference.forward(*own.saving(False, True))
+                return y, h_n, c_n, cells
+
+            found = grads_through(forward, (x, h0, c0, *options[3:], *weights), (), needs, grads)
         else:
             if ctx.plain and ctx.version_of_y._version != ctx.version:
                 y = ctx.op._forward(*arguments.saving(False))[0]
