@@ -3,6 +3,9 @@
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -29,12 +32,34 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastseq.nn.block.LEAST_WORK", 0)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest):
+def name_of(value: object) -> str | None:
+    """What an implementation, a dtype or a case is called in the name of a test."""
+    if isinstance(value, Impl):
+        return value.name
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) or is_dataclass(value) else None
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    with threads_set(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that are not about threads: at their sizes torch's are slower than one."""
+    with threads_set(1):
+        yield
 
 
 @pytest.fixture

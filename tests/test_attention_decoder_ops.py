@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import device_of, require, widest
+from conftest import device_of, name_of, require, widest
 from torch import Tensor
 
 import fastseq
@@ -31,12 +31,6 @@ from fastseq.registry import Impl
 
 KERNELS = [impl for impl in TABLE.impls if impl.name != "reference"]
 DTYPES = [torch.float32, torch.float64]
-
-
-def name_of(value: object) -> str | None:
-    if isinstance(value, Impl):
-        return value.name
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, Case)) else None
 
 
 each_kernel = pytest.mark.parametrize("impl", KERNELS, ids=name_of)

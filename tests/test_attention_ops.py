@@ -7,7 +7,6 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_no_worse, device_of, require, require_native, widest
+from conftest import assert_no_worse, device_of, name_of, require, require_native, threads_set, widest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,16 +42,12 @@ from fastseq.reference import attention as reference
 from fastseq.reference import dropout
 from fastseq.registry import HALF, Impl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KERNELS = [impl for impl in TABLE.impls if impl.name != "reference"]
 DTYPES = [torch.float32, torch.float64]
 # Each kernel with each dtype that it takes.
 KINDS = [(impl, dtype) for impl in KERNELS for dtype in sorted(impl.dtypes, key=str)]
-
-
-def name_of(value: object) -> str | None:
-    if isinstance(value, Impl):
-        return value.name
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, Case)) else None
 
 
 each_kernel = pytest.mark.parametrize("impl", KERNELS, ids=name_of)
@@ -76,23 +71,6 @@ def leaves_of(arguments: Arguments) -> list[Tensor]:
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype)
-
-
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Unless a test is about threads: at these sizes torch's are slower than one."""
-    with threads_set(1):
-        yield
 
 
 def assert_outputs(got: Any, want: Any) -> None:

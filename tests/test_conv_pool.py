@@ -4,14 +4,13 @@ against torch, the public function and the module.
 
 import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import device_of, require, require_native, widest
+from conftest import device_of, name_of, require, require_native, threads_set, widest
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -37,14 +36,10 @@ from fastseq.reference import conv_pool as reference
 from fastseq.reference.conv_pool import SHUT
 from fastseq.registry import BackendError, Impl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KERNELS = [impl for impl in TABLE.impls if impl.name != "reference"]
 EACH_KIND = [(impl, dtype) for impl in KERNELS for dtype in sorted(impl.dtypes, key=str)]
-
-
-def name_of(value: object) -> str | None:
-    if isinstance(value, Impl):
-        return value.name
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, Case)) else None
 
 
 each_implementation = pytest.mark.parametrize("impl", TABLE.impls, ids=name_of)
@@ -59,23 +54,6 @@ def torchs(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding:
 
 def leaves_of(arguments: Arguments) -> list[Tensor]:
     return [t.requires_grad_() for t in arguments[:3] if t is not None]
-
-
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Unless a test is about threads: at these sizes torch's are slower than one."""
-    with threads_set(1):
-        yield
 
 
 def assert_as_promised(op: Callable, args: tuple, results: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_no_worse, device_of, require, require_native
+from conftest import assert_no_worse, device_of, name_of, require, require_native
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -40,12 +40,6 @@ KERNELS = [impl for impl in TABLE.impls if impl.name != "reference"]
 KINDS = [(impl, dtype) for impl in KERNELS for dtype in sorted(impl.dtypes, key=str)]
 FLOATS = [torch.float32, torch.float64]
 REDUCTIONS = ("none", "sum", "mean")
-
-
-def name_of(value: object) -> str | None:
-    if isinstance(value, Impl):
-        return value.name
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, Case)) else None
 
 
 each_implementation = pytest.mark.parametrize("impl", TABLE.impls, ids=name_of)

@@ -18,6 +18,8 @@ import fastseq
 from fastseq import decoding, models, schedules
 from fastseq.models.inputs import check_lengths, check_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # Models this small would but wait for threads.
+
 B, S, T, V, W, I, C = 4, 7, 6, 11, 13, 5, 3
 SRC_LENGTHS, TGT_LENGTHS = torch.tensor([5, 7, 1, 4]), torch.tensor([6, 3, 4, 1])
 SIZES: dict[str, dict[str, Any]] = dict(
@@ -91,15 +93,6 @@ class Case(NamedTuple):
 
     def __repr__(self) -> str:
         return "-".join([self.name, *(f"{name}={option}" for name, option in self.options.items())])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small would but wait for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 CELLS = ("rnn", "lstm", "gru")

@@ -4,15 +4,14 @@ reference against torch, and the public function.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_no_worse, device_of, require, widest
+from conftest import assert_no_worse, device_of, name_of, require, threads_set, widest
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -46,12 +45,6 @@ DTYPES = [torch.float32, torch.float64]
 KINDS_OF_KERNELS = [(impl, dtype) for impl in KERNELS for dtype in sorted(impl.dtypes, key=str)]
 
 
-def name_of(value: object) -> str | None:
-    if isinstance(value, Impl):
-        return value.name
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, Case)) else None
-
-
 each_implementation = pytest.mark.parametrize("impl", TABLE.impls, ids=name_of)
 each_kernel_and_dtype = pytest.mark.parametrize(("impl", "dtype"), KINDS_OF_KERNELS, ids=name_of)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -61,16 +54,6 @@ each_normalisation = pytest.mark.parametrize("kind", ["layer", "rms"])
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype)
-
-
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def torchs(

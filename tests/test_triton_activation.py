@@ -9,7 +9,8 @@ import pytest
 import test_activation as shared
 import torch
 import torch.nn.functional as F
-from test_activation import each_half, each_kind, name_of
+from conftest import name_of
+from test_activation import each_half, each_kind
 from torch import Tensor
 
 import fastseq
@@ -24,11 +25,9 @@ TRITON = next(impl for impl in TABLE.impls if impl.name == "triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # of NumPy, where there is NaN
 
-_one_thread = shared._one_thread
-
 
 @pytest.fixture(autouse=True)
-def _poisoned(_one_thread: None) -> Iterator[None]:
+def _poisoned(one_thread: None) -> Iterator[None]:
     """Fills what torch.empty gives with NaN, so that an element that a kernel forgot cannot pass for a zero."""
     torch.use_deterministic_algorithms(True)
     yield

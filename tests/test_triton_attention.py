@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import test_attention_ops as shared
 import torch
-from test_attention_ops import name_of
+from conftest import name_of
 from torch import Tensor
 
 import fastseq
@@ -25,14 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # of N
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(_one_thread: None) -> Iterator[None]:
+def _poisoned(one_thread: None) -> Iterator[None]:
     """Fills what torch.empty gives with NaN, so that an element that a kernel forgot cannot pass for a zero."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
-
-_one_thread = shared._one_thread
 
 # One of each feature: tiles and tails, splits of the keys, bounds on both sides, masks of each shape.
 # Random bits are slow in the interpreter: cases with dropout are small.

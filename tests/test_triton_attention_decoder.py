@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 import test_attention_decoder_ops as shared
 import torch
-from conftest import assert_no_worse, require_native
-from test_attention_decoder_ops import name_of
+from conftest import assert_no_worse, name_of, require_native
 from torch import Tensor
 
 from fastseq import jit

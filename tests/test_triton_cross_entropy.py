@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import test_cross_entropy as shared
 import torch
-from test_cross_entropy import name_of
+from conftest import name_of
 
 import fastseq
 from fastseq import jit

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import test_norm as shared
 import torch
-from test_norm import name_of
+from conftest import name_of
 
 import fastseq
 from fastseq import jit
