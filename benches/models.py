@@ -4,7 +4,7 @@ Peers are the models as torch alone has them, `tests/twins.py`: torch's own laye
 """
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +134,15 @@ class ModelCase:
         return target, (source, self.tokens(V, self.B, self.T, seed=5), source_lengths, lengths)
 
     def task(self, training: bool) -> Task:
-        target, batch = self.batch()
-        layer = Loss(self.twin(), nn.CrossEntropyLoss(ignore_index=PADDING), target, *batch)
-        return Task(layer.train(training), {}, torch.ones(()) if training else None, tolerance=TOLERANCE)
+        return self._task(training, self.twin(), nn.CrossEntropyLoss(ignore_index=PADDING))
 
     def ours(self, training: bool) -> Task:
-        task = self.task(training)
-        layer = Loss(self.model(), fastseq.nn.CrossEntropyLoss(ignore_index=PADDING), *self._given(task))
-        return replace(task, layer=layer.train(training))
+        return self._task(training, self.model(), fastseq.nn.CrossEntropyLoss(ignore_index=PADDING))
 
-    @staticmethod
-    def _given(task: Task) -> tuple[Any, ...]:
-        layer: Any = task.layer
-        return layer.target, *layer.batch
+    def _task(self, training: bool, model: nn.Module, loss: nn.Module) -> Task:
+        target, batch = self.batch()
+        layer = Loss(model, loss, target, *batch).train(training)
+        return Task(layer, {}, torch.ones(()) if training else None, tolerance=TOLERANCE)
 
 
 @dataclass(frozen=True)

@@ -360,11 +360,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
     """A safetensors file has no checksum, and a flipped bit in a weight would train on silently."""
-    digest = hashlib.sha256(text.encode())
+    parts: list[Any] = [text.encode()]
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        parts += [f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), tensor.flatten().view(torch.uint8).numpy()]
+    return digest(*parts)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.places import Places
-
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+from fastseq.nn.places import INTEGERS, Places, padding_mask
 
 
 def check_option(name: str, given: Any, known: Iterable[Any]) -> None:
@@ -45,7 +43,7 @@ def check_lengths(name: str, lengths: Any, B: int, T: int) -> Tensor | None:
     """
     if lengths is None:
         return None
-    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
     if lengths.shape != (B,):
@@ -56,11 +54,6 @@ def check_lengths(name: str, lengths: Any, B: int, T: int) -> Tensor | None:
         if least < 1 or most > T:
             raise ValueError(f"{name} must be between 1 and {T}, got {least} to {most}")
     return lengths
-
-
-def padding_mask(lengths: Tensor, T: int, device: torch.device) -> Tensor:
-    """[B, T], true past each row's length."""
-    return torch.arange(T, device=device) >= lengths.to(device).unsqueeze(1)
 
 
 def where_present(function: Callable[..., Tensor], lengths: Tensor | None, *sequences: Tensor) -> Tensor:

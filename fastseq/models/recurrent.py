@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import fastseq.nn
-from fastseq.models.inputs import check_lengths, check_option, check_tokens, padding_mask
+from fastseq.models.inputs import check_lengths, check_option, check_tokens
+from fastseq.nn.places import padding_mask
 
 CELLS: dict[str, Any] = {"rnn": fastseq.nn.RNN, "lstm": fastseq.nn.LSTM, "gru": fastseq.nn.GRU}
 POOLINGS = ("last", "mean", "attention")

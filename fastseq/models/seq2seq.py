@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import fastseq.nn
-from fastseq.models.inputs import check_lengths, check_option, check_tokens, padding_mask, where_present
+from fastseq.models.inputs import check_lengths, check_option, check_tokens, where_present
 from fastseq.models.recurrent import CELLS, RecurrentEncoder, RecurrentState, recurrent_layers, reorder_layers
 from fastseq.nn import AdditiveAttention, AttentionDecoder, AttentionDecoderState, LuongAttention
+from fastseq.nn.places import padding_mask
 
 ATTENTIONS = (None, "bahdanau", "luong")
 

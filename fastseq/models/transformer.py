@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import fastseq.nn
-from fastseq.models.inputs import check_lengths, check_tokens, padding_mask
+from fastseq.models.inputs import check_lengths, check_tokens
+from fastseq.nn.places import padding_mask
 
 
 class TransformerSeq2Seq(nn.Module):

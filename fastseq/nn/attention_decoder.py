@@ -6,15 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.nn.attention_mechanism import AdditiveAttention, LuongAttention, check_padding, check_sizes
-from fastseq.nn.places import Places
+from fastseq.nn.places import Places, as_lengths, padding_mask
 from fastseq.nn.serving import Served, are_sound, cast, torch_forward
 from fastseq.ops.attention_decoder import CELLS, TABLE, Arguments, check_lengths, decode
 from fastseq.ops.contract import autocast_dtype, computes_in, has_hooks, why_torch
 from fastseq.ops.linear import linear
 from fastseq.reference.attention_decoder import CELLS as FORMULAS
 from fastseq.registry import Op
-
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class AttentionDecoderState(NamedTuple):
@@ -216,7 +214,11 @@ class AttentionDecoder(Served, nn.Module):
             check_padding("memory_key_padding_mask", absent, (B, S))
         state = self._checked_state(state, B, input)
 
-        lengths = None if lengths is None else _checked_lengths(lengths, B, T)
+        if lengths is not None:
+            if not isinstance(lengths, Tensor):
+                raise TypeError(f"lengths must be a torch.Tensor, got {type(lengths).__name__}")
+            lengths = as_lengths(lengths, (B,))
+            check_lengths(lengths, T)
         # What stands in padding must not reach the gradients of the products with all of it, not even times zero.
         if keys is None:
             padding = None if absent is None else (absent if self.batch_first else absent.t()).unsqueeze(-1)
@@ -251,8 +253,7 @@ class AttentionDecoder(Served, nn.Module):
         """input with zeros past the lengths."""
         if lengths is None:
             return input
-        T = input.shape[1 if self.batch_first else 0]
-        past = torch.arange(T, device=input.device) >= lengths.to(input.device).unsqueeze(-1)
+        past = padding_mask(lengths, input.shape[1 if self.batch_first else 0], input.device)
         return input.masked_fill((past if self.batch_first else past.t()).unsqueeze(-1), 0)
 
     def _gates(self, input: Tensor, lengths: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -423,16 +424,3 @@ def _check_shape(name: str, t: Any, shape: tuple[int | str, ...], input: Tensor 
         raise ValueError(f"{name} must be on input's device, {input.device}, got {t.device}")
     if t.dtype != input.dtype and autocast_dtype(input) is None:
         raise ValueError(f"{name} must be {input.dtype}, as input is, got {t.dtype}")
-
-
-def _checked_lengths(lengths: Any, B: int, T: int) -> Tensor:
-    """As the op takes them."""
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths must be a torch.Tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in _INTEGERS:
-        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must be [{B}], one for each row, got {list(lengths.shape)}")
-    lengths = lengths.to("cpu", torch.int64)
-    check_lengths(lengths, T)
-    return lengths

@@ -1,4 +1,4 @@
-"""Batches without their padding: the rows that are there, one after the other, and back."""
+"""Rows of different lengths: how they are told, what of a batch is padding, and batches without it."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,27 @@ from fastseq.ops.contract import is_plain
 LEAST_PADDING = 1 / 16
 # So do some 30 us of Python for a batch of fewer elements.
 _LEAST_ELEMENTS = 1 << 16
+
+
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def as_lengths(lengths: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """Lengths as the ops take them, [B] int64 on the CPU, of a batch () or (B,).
+
+    Raises:
+        ValueError: they are no integers, or not one for each row.
+    """
+    if lengths.dtype not in INTEGERS:
+        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != batch:
+        raise ValueError(f"lengths must be {list(batch)}, one for each row, got {list(lengths.shape)}")
+    return lengths.to("cpu", torch.int64).reshape(-1)
+
+
+def padding_mask(lengths: Tensor, T: int, device: torch.device) -> Tensor:
+    """[B, T], true past each row's length [B]."""
+    return torch.arange(T, device=device) >= lengths.to(device).unsqueeze(1)
 
 
 class Places(NamedTuple):
@@ -38,7 +59,7 @@ class Places(NamedTuple):
         N, L = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
         if N * L - int(lengths.sum()) < LEAST_PADDING * N * L:
             return None
-        return cls.of(torch.arange(L) >= lengths.unsqueeze(1), x, batch_first)
+        return cls.of(padding_mask(lengths, L, x.device), x, batch_first)
 
     @classmethod
     def of(cls, padding: Tensor | None, x: Tensor, batch_first: bool) -> "Places":

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastseq.nn.places import as_lengths
 from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward
 from fastseq.ops.contract import autocast_dtype, needs_graph, why_torch
 from fastseq.ops.gru import GRU as GRU_OP
 from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.recurrent import Arguments, Recurrent
 from fastseq.ops.rnn import RNN_RELU, RNN_TANH
-
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class _Layers(ServedRecurrent, torch.nn.RNNBase):
@@ -187,11 +186,7 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
         batched = input.dim() == 3
         batch = (input.shape[0 if self.batch_first else 1],) if batched and not packed else ()
         if lengths is not None:
-            if lengths.dtype not in _INTEGERS:
-                raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-            if lengths.shape != batch:
-                raise ValueError(f"lengths must be {list(batch)}, one for each row, got {list(lengths.shape)}")
-            lengths = lengths.to("cpu", torch.int64).reshape(-1)
+            lengths = as_lengths(lengths, batch)
         if reset is not None:
             expected = input.shape[:-1]
             if reset.shape != expected or reset.dtype != torch.bool or reset.device != input.device:
