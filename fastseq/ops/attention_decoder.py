@@ -291,12 +291,14 @@ LIBRARY.define(
 _TENSORS = len(Arguments._fields) - 1  # all but the cell
 
 
+_ROWS_APART = {Arguments._fields.index("gates"), Arguments._fields.index("w_feed")}
+
+
 def _laid_out(arguments: Sequence[Any]) -> list[Any]:
     """The arguments as kernels read them: contiguous, gates and w_feed at least in their last dimension."""
-    rows_apart = (arguments[0], arguments[8])
     return [
-        t if not isinstance(t, Tensor) or (t.stride(-1) == 1 and any(t is r for r in rows_apart)) else t.contiguous()
-        for t in arguments
+        t if not isinstance(t, Tensor) or (i in _ROWS_APART and t.stride(-1) == 1) else t.contiguous()
+        for i, t in enumerate(arguments)
     ]
 
 
