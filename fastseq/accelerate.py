@@ -234,7 +234,8 @@ def _served_by(module: Served, more: str = "") -> tuple[str, str]:
     if reason is not None:
         return "torch", "; ".join([reason, *passed_over])
     computed = [] if dtype == example.dtype else [f"computed in {str(dtype).removeprefix('torch.')}"]
-    return chosen.name, "; ".join([*passed_over, *computed, *(note for note in (module.note, more) if note)])
+    yields = "calls in which torch is ahead go to torch" if chosen.yields and not op.requested() else ""
+    return chosen.name, "; ".join([*passed_over, *computed, *(note for note in (module.note, yields, more) if note)])
 
 
 def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:

@@ -2,11 +2,12 @@
 
 An op has one table, a list of `Impl` in order of preference. `Op.select` takes the first that has no reason
 against it. An implementation asked for by name (`use_backend`, or FASTSEQ_BACKEND in the environment) serves or raises;
-it never falls back.
+it never falls back. Ops that have none of that name are served as if nothing had been asked for.
 """
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class Impl:
         devices: device types it runs on; empty means all.
         dtypes: dtypes it takes; empty means all floating dtypes.
         needs: called with the op's arguments, returns None or the reason against this call in words.
+        yields: likewise, returns None or why torch's own layer is ahead in this call. It is asked where there is such a
+            layer to go to, and nobody asks for this implementation by name; arguments may not have been checked.
         verified: architectures on which its whole test suite has passed; elsewhere the first use checks itself.
     """
 
@@ -65,6 +68,7 @@ class Impl:
     devices: frozenset[str] = frozenset()
     dtypes: frozenset[torch.dtype] = frozenset()
     needs: Callable[..., str | None] | None = None
+    yields: Callable[..., str | None] | None = None
     verified: frozenset[str] = frozenset()
 
     @cached_property
@@ -72,8 +76,9 @@ class Impl:
         return self.target.startswith("fastseq_native::")
 
     @cached_property
-    def is_triton(self) -> bool:
-        return self.target.startswith("fastseq.kernels.triton.")
+    def runtime(self) -> jit.Runtime | None:
+        """What compiles it when it is called, or None."""
+        return jit.runtime_of(self.target)
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -83,13 +88,18 @@ class Impl:
             op = self.target.removeprefix("fastseq_native::")
             namespace = torch.ops.fastseq_native
             return _NativeKernel(getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default)
-        return importlib.import_module(self.target)
+        try:
+            return importlib.import_module(self.target)
+        except Exception as error:
+            if self.runtime is None:
+                raise
+            raise jit.CompileError(f"{type(error).__name__}: {error}") from error
 
     def unavailable(self) -> str | None:
         """The reason why this machine cannot run it at all, or None."""
         if self.is_native:
             return native.unavailable() or self._left_out()
-        return jit.unavailable() if self.is_triton else None
+        return self.runtime.unavailable if self.runtime else None
 
     def _left_out(self) -> str | None:
         """The reason why the extension does not hold it: in a source tree it may be older than this table."""
@@ -99,11 +109,11 @@ class Impl:
 
     def build(self) -> str:
         """Tells one state of what is compiled from another."""
-        return native.build() if self.is_native else jit.build(self.target) if self.is_triton else ""
+        return native.build() if self.is_native else self.runtime.build if self.runtime else ""
 
     def is_interpreted(self, device: str) -> bool:
         """Whether it runs on the CPU in place of the device that it is for."""
-        return self.is_triton and device == "cpu" and jit.is_interpreted()
+        return self.runtime is jit.TRITON and device == "cpu" and jit.is_interpreted()
 
     def against(self, device: str, dtype: torch.dtype) -> str | None:
         """The reason why it cannot serve tensors of this kind here, or None."""
@@ -115,15 +125,13 @@ class Impl:
         return self.unavailable()
 
 
-@dataclass(frozen=True)
 class _CompiledWhenCalled:
     """A kernel of which a call may show that it cannot be compiled here: then the next implementation serves."""
 
-    op: "Op"
-    impl: Impl
-    device: str
-    dtype: torch.dtype
-    args: tuple[Any, ...]
+    __slots__ = ("args", "device", "dtype", "impl", "op")  # it is made for every call
+
+    def __init__(self, op: "Op", impl: Impl, device: str, dtype: torch.dtype, args: tuple[Any, ...]) -> None:
+        self.op, self.impl, self.device, self.dtype, self.args = op, impl, device, dtype, args
 
     def forward(self, *args: Any) -> Any:
         return self._call("forward", args)
@@ -133,10 +141,12 @@ class _CompiledWhenCalled:
 
     def _call(self, direction: str, args: tuple[Any, ...]) -> Any:
         try:
+            if self.device != "cuda":
+                return getattr(self.impl.kernel, direction)(*args)
             with torch.cuda.device_of(self.args[0]):  # Triton launches on the current one
                 return getattr(self.impl.kernel, direction)(*args)
         except Exception as error:
-            if not jit.is_compile_error(error):
+            if self.impl.runtime is None or not self.impl.runtime.is_compile_error(error):
                 raise  # out of memory, above all
             self.op.give_up(self.impl, error)
         return getattr(self.op.select(self.device, self.dtype, *self.args), direction)(*args)
@@ -157,6 +167,7 @@ class Op:
         self.impls = impls
         self.self_check = self_check
         self._choices: dict[tuple[str | None, str, torch.dtype], list[Impl]] = {}
+        self._rules: dict[tuple[str | None, str, torch.dtype], Callable[..., str | None] | None] = {}
         self._given_up: dict[str, str] = {}
 
     @property
@@ -180,14 +191,15 @@ class Op:
         """
         if dtype not in HALF:
             return dtype
-        requested = requested_backend()
+        requested = self.requested()
         takers = [i for i in self.impls if dtype in i.dtypes and requested in (None, i.name)]
         return dtype if any(self.reason_against(i, device, dtype) is None for i in takers) else torch.float32
 
     def give_up(self, impl: Impl, error: Exception) -> None:
         """Uses an implementation no more in this process, and says so once."""
-        reason = f"cannot be compiled here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = why_not_compiled(error)
         self._choices.clear()
+        self._rules.clear()
         if self._given_up.setdefault(impl.name, reason) is reason:
             warnings.warn(f"fastseq::{self.name}: {impl.name} {reason}", RuntimeWarning, stacklevel=2)
 
@@ -195,9 +207,10 @@ class Op:
         """The implementations that can serve tensors of this kind, best first; one only if it was asked for by name.
 
         Raises:
-            BackendError: the implementation asked for cannot serve, or there is none of that name.
+            BackendError: the implementation asked for cannot serve.
+            ValueError: no op has one of that name.
         """
-        requested = requested_backend()
+        requested = self.requested()
         key = (requested, device, dtype)
         if key not in self._choices:
             if requested is None:
@@ -206,6 +219,31 @@ class Op:
                 self._choices[key] = [self._by_name(requested, device, dtype)]
         return self._choices[key]
 
+    def rule_for_torch(self, device: str, dtype: torch.dtype) -> Callable[..., str | None] | None:
+        """What tells, from a call's arguments, why torch's own layer shall have it, or None: that nothing but the
+        reference takes it, or that what takes it yields. None where there is nothing to tell.
+        """
+        requested = self.requested()
+        key = (requested, device, dtype)
+        if key not in self._rules:
+            self._rules[key] = self._rule(device, dtype) if requested is None else None
+        return self._rules[key]
+
+    def _rule(self, device: str, dtype: torch.dtype) -> Callable[..., str | None] | None:
+        takers = [impl for impl in self.candidates(device, dtype) if impl is not self.reference]
+        if not any(impl.yields or impl.needs for impl in takers[:1]):  # mostly the first one takes all
+            return None
+
+        def rule(*args: Any) -> str | None:
+            reason = None
+            for impl in takers:
+                reason = impl.needs(*args) if impl.needs else None
+                if reason is None:
+                    return impl.yields(*args) if impl.yields else None
+            return reason
+
+        return rule
+
     def select(self, device: str, dtype: torch.dtype, *args: Any) -> Kernel:
         """The kernel that serves this call; `args` are the op's arguments, for the implementations' `needs`."""
         candidates = self.candidates(device, dtype)
@@ -213,18 +251,33 @@ class Op:
         for impl in candidates:
             reason = impl.needs(*args) if impl.needs else None
             if reason is None:
-                return _CompiledWhenCalled(self, impl, device, dtype, args) if impl.is_triton else impl.kernel
+                return _CompiledWhenCalled(self, impl, device, dtype, args) if impl.runtime else impl.kernel
         raise BackendError(f"fastseq::{self.name}: {candidates[-1].name} cannot serve this call: {reason}")
 
-    def _by_name(self, name: str, device: str, dtype: torch.dtype) -> Impl:
+    def requested(self) -> str | None:
+        """The implementation asked for by name, or None; one that only other ops have is not asked for here.
+
+        Raises:
+            ValueError: no op has one of that name.
+        """
+        name = requested_backend()
+        if name is None or any(impl.name == name for impl in self.impls):
+            return name
         check_backend_name(name)
-        impl = next((i for i in self.impls if i.name == name), None)
-        if impl is None:
-            raise BackendError(f"fastseq::{self.name} has no implementation named {name!r}")
+        return None
+
+    def _by_name(self, name: str, device: str, dtype: torch.dtype) -> Impl:
+        impl = next(i for i in self.impls if i.name == name)
         reason = self.reason_against(impl, device, dtype)
         if reason is not None:
             raise BackendError(f"fastseq::{self.name}: {name} was asked for but {reason}")
         return impl
+
+
+def why_not_compiled(error: Exception) -> str:
+    kind = "" if isinstance(error, jit.CompileError) else f"{type(error).__name__}: "
+    told = re.sub(r"\x1b\[\d*m", "", str(error)).strip() or repr(error)  # numba's are in colours
+    return f"cannot be compiled here: {kind}{told.splitlines()[0]}"
 
 
 OPS: dict[str, Op] = {}
@@ -237,7 +290,8 @@ def register(op: Op) -> Op:
 
 
 def known_backends() -> list[str]:
-    return list(dict.fromkeys(impl.name for op in OPS.values() for impl in op.impls))
+    kernels = dict.fromkeys(impl.name for op in OPS.values() for impl in op.impls[:-1])
+    return [*kernels, "reference"]
 
 
 def check_backend_name(name: str) -> None:
@@ -252,6 +306,9 @@ requested_backend = _requested.get  # None where nothing was asked for
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, every fastseq op of this thread is served by the implementation of this name, or raises.
+
+    Ops that have none of this name are served as if nothing had been asked for: a model can be run with all that there
+    is of numba's kernels, say.
 
     Args:
         name: a name from the tables, such as "cpp" or "reference" (`fastseq info` lists them).

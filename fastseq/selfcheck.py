@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 LIMIT_S = {"cpu": 120.0, "cuda": 600.0}
 
 
+ISAS = ("portable", "avx2", "avx512")  # each with all that those before it have
+_KNOWN_TO_TORCH = {"AVX2": "avx2", "AVX512": "avx512"}
+
+
 class Verdict(NamedTuple):
     """What a check has found: None or what is wrong, and whether that is worth keeping for the next process."""
 
@@ -43,8 +47,26 @@ def architecture(device: str) -> str:
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
     machine = platform.machine().lower()
-    isa = native.instruction_set()
+    isa = instruction_set()
     return isa if machine in ("x86_64", "amd64") else f"{isa} {machine}"
+
+
+def instruction_set() -> str:
+    """The CPU's best one of those that kernels know, or the one that FASTSEQ_CPU_ISA names. The extension knows; where
+    there is none, torch does.
+
+    Raises:
+        RuntimeError: FASTSEQ_CPU_ISA names one that is unknown or that this machine does not have.
+    """
+    if native.unavailable() is None:
+        return native.instruction_set()
+    found = _KNOWN_TO_TORCH.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    forced = os.environ.get("FASTSEQ_CPU_ISA") or found
+    if forced not in ISAS:
+        raise RuntimeError(f"FASTSEQ_CPU_ISA must be portable, avx2 or avx512, got {forced}")
+    if ISAS.index(forced) > ISAS.index(found):
+        raise RuntimeError(f"FASTSEQ_CPU_ISA={forced}, which this machine does not have")
+    return forced
 
 
 def driver(device: str) -> str:

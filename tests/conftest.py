@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastseq
+from fastseq import registry
 from fastseq.ops.attention import Arguments
 from fastseq.registry import Impl, Op
 
@@ -60,6 +61,14 @@ def one_thread() -> Iterator[None]:
     """For tests that are not about threads: at their sizes torch's are slower than one."""
     with threads_set(1):
         yield
+
+
+@pytest.fixture
+def nothing_asked_for() -> Iterator[None]:
+    """For tests of what is chosen by itself, in a process whose environment asks for an implementation."""
+    token = registry._requested.set(None)
+    yield
+    registry._requested.reset(token)
 
 
 @pytest.fixture
@@ -112,6 +121,17 @@ def require(op: Op, impl: Impl, device: str, dtype: torch.dtype) -> None:
         if impl.name in REQUIRED and (not impl.dtypes or dtype in impl.dtypes) and device == device_of(impl):
             pytest.fail(f"{impl.name} is required (FASTSEQ_REQUIRE) but {reason}")
         pytest.skip(f"{impl.name}: {reason}")
+
+
+def require_kernel(op: Op, device: str, dtype: torch.dtype) -> None:
+    """Skips the test, with the reasons, unless something better than the reference serves; fails if FASTSEQ_REQUIRE
+    names what could.
+    """
+    if op.candidates(device, dtype)[0] is not op.reference:
+        return
+    for impl in sorted(op.impls[:-1], key=lambda impl: impl.name not in REQUIRED):
+        require(op, impl, device, dtype)
+    pytest.skip("the reference was asked for")
 
 
 def require_native() -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import require
+from conftest import require_kernel
 from torch import nn
 
 import fastseq
@@ -124,13 +124,14 @@ def test_explain_tells_who_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_explanation_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    require(LSTM, LSTM.impls[0], "cpu", torch.float32)
+    require_kernel(LSTM, "cpu", torch.float32)
+    served = LSTM.candidates("cpu", torch.float32)[0]
     layer = fastseq.accelerate(nn.LSTM(3, 4))
-    assert fastseq.explain(layer).rows[0].served_by == "cpp"
+    assert fastseq.explain(layer).rows[0].served_by == served.name
     called = []
-    forward = LSTM.impls[0].kernel.forward
+    forward = served.kernel.forward
     monkeypatch.setitem(
-        LSTM.impls[0].__dict__,
+        served.__dict__,
         "kernel",
         type("Spy", (), {"forward": staticmethod(lambda *args: (called.append(1), forward(*args))[1])}),
     )
@@ -234,12 +235,12 @@ def test_fx_traces_what_goes_beyond_torch() -> None:
         def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> tuple:
             return self.lstm(x, lengths=lengths, return_cell_sequence=True)
 
-    if LSTM.candidates("cpu", torch.float32)[0].name == "reference":
-        require(LSTM, LSTM.impls[0], "cpu", torch.float32)
+    require_kernel(LSTM, "cpu", torch.float32)
     model, inputs = Model(), (torch.randn(5, 3, 8), torch.tensor([5, 2, 3]))
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(*inputs), model(*inputs))
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_cells_are_left_to_torch_off_the_cpu() -> None:
     """Where torch's are fused, and one step is too short to gain."""
     for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):

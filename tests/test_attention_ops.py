@@ -23,6 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import fastseq
+from fastseq import jit
 from fastseq.functional import scaled_dot_product_attention as sdpa
 from fastseq.ops.attention import (
     AVERAGE,
@@ -440,7 +441,7 @@ def test_what_no_query_sees_has_no_effect(impl: Impl, way: str, bad: float) -> N
         found = impl.kernel.backward(*grads_like(outputs), *arguments, *outputs[:2], needs_all(arguments))
         results.append([*outputs, *found])
     # Triton's kernel computes rows anew that meet such a value, and rounds otherwise then.
-    torch.testing.assert_close(*results, **({} if impl.is_triton else dict(rtol=0, atol=0)))
+    torch.testing.assert_close(*results, **({} if impl.runtime is jit.TRITON else dict(rtol=0, atol=0)))
     dkey, dvalue = results[0][4:6]
     assert not dkey[:, :, BAD].any() and not dvalue[:, :, BAD].any()
 
@@ -784,6 +785,7 @@ def assert_torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_all_shapes_that_torch_takes(shapes: tuple[tuple[int, ...], ...]) -> None:
     tensors = [normal(*shape).requires_grad_() for shape in shapes]
     gqa = dict(enable_gqa=True) if shapes[0][:-2] and shapes[1][:-2] and shapes[0][-3] > shapes[1][-3] > 1 else {}
@@ -1379,6 +1381,7 @@ def extras(dtype: torch.dtype) -> list[dict]:
 
 
 @each_dtype
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_without_a_kernel_torchs_function_serves(
     no_kernel: None, computed: list[Arguments], dtype: torch.dtype
 ) -> None:
@@ -1408,6 +1411,7 @@ def test_without_a_kernel_an_implementation_can_be_asked_for(no_kernel: None, co
     assert len(computed) == 1
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_other_devices_get_torchs_function(computed: list[Arguments]) -> None:
     meta = [t.to("meta") for t in LEAD]
     assert sdpa(*meta).shape == (2, 4, 5, 6) and not computed
@@ -1415,6 +1419,7 @@ def test_other_devices_get_torchs_function(computed: list[Arguments]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_what_torch_takes_beyond_ours_is_torchs(computed: list[Arguments]) -> None:
     padded = torch.nested.nested_tensor([torch.randn(2, 3, 4), torch.randn(2, 5, 4)])
     got, want = (function(padded, padded, padded) for function in (sdpa, F.scaled_dot_product_attention))
@@ -1459,6 +1464,7 @@ def test_causal_biases_are_bounds(computed: list[Arguments], impl: Impl, L: int,
                 sdpa(*leaves, bias, **windowed)
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_what_torch_refuses_of_causal_biases() -> None:
     from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -1576,6 +1582,7 @@ def test_nested_tensors_compile() -> None:
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_nested_tensors_that_go_to_torch(computed: list[Arguments]) -> None:
     values = torch.randn(12, 8)
     holes = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 4, 12]), torch.tensor([3, 8]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_no_worse, device_of, name_of, require, require_native, threads_set, widest
+from conftest import assert_no_worse, device_of, name_of, require, require_kernel, require_native, threads_set, widest
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -550,6 +550,7 @@ def test_results_share_no_memory_with_inputs(impl: Impl) -> None:
 
 
 def test_several_python_threads_at_once() -> None:
+    require_kernel(TABLE, "cpu", torch.float32)
     leaves = [t.requires_grad_() for t in (torch.randn(4, 130, 300), torch.randn(130, 4), torch.randn(130))]
     dy = torch.randn(4, 130, 300)
 

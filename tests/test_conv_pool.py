@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import device_of, name_of, require, require_native, threads_set, widest
+from conftest import device_of, name_of, require, require_kernel, require_native, threads_set, widest
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -483,6 +483,7 @@ def test_the_tape_is_all_that_is_kept() -> None:
 
 
 def test_several_python_threads_at_once() -> None:
+    require_kernel(TABLE, "cpu", torch.float32)
     arguments = Case(9, 20, 30, (14, 14)).arguments("cpu", torch.float32)
     leaves = leaves_of(arguments)
 

@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).parent.parent / "benches" / "gpu_check.py"
 
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: make gpu-check shows the rest", allow_module_level=True)
-if jit.unavailable() != "there is no NVIDIA GPU that torch can use":
-    pytest.skip(f"triton: {jit.unavailable()}", allow_module_level=True)
+if jit.TRITON.unavailable != "there is no NVIDIA GPU that torch can use":
+    pytest.skip(f"triton: {jit.TRITON.unavailable}", allow_module_level=True)
 
 
 def gpu_check(*options: str) -> "subprocess.CompletedProcess[str]":

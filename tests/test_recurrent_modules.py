@@ -4,10 +4,14 @@ import copy
 import io
 import itertools
 import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import require
+from conftest import device_of, name_of, require, require_kernel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune as prune_utils
@@ -15,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import fastseq
 from fastseq.ops.lstm import LSTM
+from fastseq.ops.recurrent import Arguments
 
 OPTIONS = [
     dict(),
@@ -32,8 +37,19 @@ OWN_OPTIONS = [
 EVERY = [*itertools.product(KINDS, OPTIONS), *OWN_OPTIONS]
 States = Tensor | tuple[Tensor, Tensor] | None
 
+# What serves on CPUs; all tables have the same.
+KERNELS = [impl for impl in LSTM.table.impls if impl.name != "reference" and device_of(impl) == "cpu"]
+
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_module = pytest.mark.parametrize(("kind", "options"), EVERY, ids=str)
+
+
+@pytest.fixture(params=KERNELS, ids=name_of)
+def served(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each kernel serves in turn."""
+    require(LSTM.table, request.param, "cpu", torch.float32)
+    with fastseq.use_backend(request.param.name):
+        yield
 
 
 def pair(*args, kind: str = "LSTM", **kwargs) -> tuple[nn.RNNBase, nn.RNNBase]:
@@ -83,19 +99,19 @@ def assert_same(theirs: list[Tensor], ours: list[Tensor]) -> None:
 @each_module
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("batch", [None, 1, 5])
+@pytest.mark.usefixtures("served")
 def test_results_and_gradients(kind: str, options: dict, with_state: bool, batch: int | None) -> None:
     theirs, ours = pair(7, 11, kind=kind, **options)
     shape = (6, 7) if batch is None else (batch, 6, 7) if theirs.batch_first else (6, batch, 7)
     hx = states(theirs, batch) if with_state else None
     x = torch.randn(shape)
-    with fastseq.use_backend("cpp"):
-        got = run(ours, x, hx)
-    assert_same(run(theirs, x, hx), got)
+    assert_same(run(theirs, x, hx), run(ours, x, hx))
 
 
 @each_module
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("lengths", [[6, 6, 4, 1], [2, 6, 1, 5], [3, 3, 3, 3]], ids=str)
+@pytest.mark.usefixtures("served")
 def test_packed_input(kind: str, options: dict, with_state: bool, lengths: list[int]) -> None:
     theirs, ours = pair(7, 11, kind=kind, **options)
     x, hx = torch.randn((4, 6, 7) if theirs.batch_first else (6, 4, 7)), states(theirs, 4) if with_state else None
@@ -104,10 +120,8 @@ def test_packed_input(kind: str, options: dict, with_state: bool, lengths: list[
         ordered = lengths == sorted(lengths, reverse=True)
         return pack_padded_sequence(x, lengths, batch_first=theirs.batch_first, enforce_sorted=ordered)
 
-    with fastseq.use_backend("cpp"):
-        got = run(ours, x, hx, pack)
-        packed = ours(pack(x), hx)[0]
-    assert_same(run(theirs, x, hx, pack), got)
+    packed = ours(pack(x), hx)[0]
+    assert_same(run(theirs, x, hx, pack), run(ours, x, hx, pack))
     want = theirs(pack(x), hx)[0]
     for field in ("batch_sizes", "sorted_indices", "unsorted_indices"):
         assert (getattr(packed, field) is None) == (getattr(want, field) is None)
@@ -211,20 +225,20 @@ CELLS = [("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}), ("RNNCell", dict(no
 @pytest.mark.parametrize(("kind", "options"), CELLS, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [None, 1, 5])
+@pytest.mark.usefixtures("served")
 def test_cells(kind: str, options: dict, bias: bool, batch: int | None) -> None:
     theirs, ours = pair(7, 11, kind=kind, bias=bias, **options)
     rows = () if batch is None else (batch,)
     x = torch.randn(*rows, 7)
     for given in (None, torch.randn(*rows, 11)):
         hx = (given, torch.randn(*rows, 11)) if kind == "LSTMCell" and given is not None else given
-        with fastseq.use_backend("cpp"):
-            got = run(ours, x, hx)
-        assert_same(run(theirs, x, hx), got)
+        assert_same(run(theirs, x, hx), run(ours, x, hx))
 
 
 @pytest.mark.parametrize(("kind", "options"), CELLS, ids=str)
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_large_cells_are_ours_and_small_ones_torchs(kind: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    require(LSTM.table, LSTM.table.impls[0], "cpu", torch.float32)
+    require_kernel(LSTM.table, "cpu", torch.float32)
     for size, mine in ((16, False), (800, True)):
         theirs, ours = pair(size, size, kind=kind, **options)
         called = []
@@ -259,14 +273,14 @@ def spying(called: list, function):
 @each_kind
 @pytest.mark.parametrize("cell", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("served")
 def test_half_precision_is_at_least_half_as_exact_again_as_torch(kind: str, cell: bool, dtype: torch.dtype) -> None:
     kind += "Cell" * cell
     theirs, ours = pair(24, 33, kind=kind, dtype=dtype)
     exact = getattr(nn, kind)(24, 33).double()
     exact.load_state_dict(theirs.state_dict())
     x = torch.randn(*(() if cell else (40,)), 5, 24).to(dtype)
-    with fastseq.use_backend("cpp"):
-        got = run(ours, x, None)
+    got = run(ours, x, None)
     want = run(exact, x.double(), None)
     # torch.randn differs between dtypes: the exact run weighs its outputs like ours.
     outputs = len(flat(ours(x)))
@@ -363,6 +377,7 @@ EVERY_BAD_CALL = [
 @pytest.mark.parametrize(
     ("kind", "call"), [(kind, call) for kind, _, call in EVERY_BAD_CALL], ids=[f"{k}-{n}" for k, n, _ in EVERY_BAD_CALL]
 )
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_errors_are_torchs(kind: str, call) -> None:
     theirs, ours = pair(7, 11, kind=kind)
     outcomes = []
@@ -591,6 +606,7 @@ def test_reparametrized_weights(kind: str) -> None:
 
 
 @each_kind
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_other_ways_to_hold_weights(kind: str) -> None:
     theirs, ours = pair(7, 11, kind=kind, num_layers=2)
     x = torch.randn(6, 3, 7)
@@ -710,9 +726,7 @@ def test_compiles_into_one_graph(options: dict) -> None:
 
 
 def test_compiles_with_inductor() -> None:
-    require(
-        LSTM.table, LSTM.table.impls[0], "cpu", torch.float32
-    )  # torch's own path does not: mkldnn_rnn_layer fails in inductor
+    require_kernel(LSTM.table, "cpu", torch.float32)  # torch's own path does not: mkldnn_rnn_layer fails in inductor
     torch._dynamo.reset()
     model = fastseq.accelerate(nn.Sequential(nn.LSTM(5, 6)))
     x = torch.randn(4, 2, 5)
@@ -727,3 +741,101 @@ def test_every_combination_of_sizes() -> None:
         x = torch.randn(3, B, I)
         with torch.no_grad():
             torch.testing.assert_close(ours(x), theirs(x))
+
+
+def more_than_three_rows(*args: Any) -> str | None:
+    x, sizes = args[0], Arguments(*args).batch_sizes
+    return "torch is ahead" if (x.shape[1] if sizes is None else sizes[0]) > 3 else None
+
+
+@pytest.fixture
+def yields(nothing_asked_for: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What has reached the LSTM's kernel, which leaves calls of more than three rows to torch."""
+    table = LSTM.table
+    require_kernel(table, "cpu", torch.float32)
+    served = table.candidates("cpu", torch.float32)[0]
+    mine = replace(served, yields=more_than_three_rows)
+    calls: list[tuple] = []
+    spy = SimpleNamespace(forward=spying(calls, served.kernel.forward), backward=served.kernel.backward)
+    monkeypatch.setitem(mine.__dict__, "kernel", spy)
+    monkeypatch.setattr(table, "impls", [mine, table.reference])
+    monkeypatch.setattr(table, "_choices", {})
+    monkeypatch.setattr(table, "_rules", {})
+    return calls
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(batch_first=True), dict(num_layers=2, bidirectional=True), dict(proj_size=4)], ids=str
+)
+@pytest.mark.parametrize("with_state", [False, True])
+def test_a_kernel_leaves_calls_to_torch(yields: list[tuple], options: dict, with_state: bool) -> None:
+    theirs, ours = pair(7, 11, **options)
+    for rows, mine in ((3, True), (4, False)):
+        x = torch.randn((rows, 5, 7) if theirs.batch_first else (5, rows, 7))
+        hx = states(theirs, rows) if with_state else None
+        assert_same(run(theirs, x, hx), run(ours, x, hx))
+        with torch.no_grad():
+            torch.testing.assert_close(flat(ours(x, hx)), flat(theirs(x, hx)))
+        assert bool(yields) == mine
+        yields.clear()
+
+
+def test_packed_calls_are_left_to_torch(yields: list[tuple]) -> None:
+    theirs, ours = pair(7, 11)
+    for rows, mine in ((3, True), (4, False)):
+        x = pack_sequence([torch.randn(length, 7) for length in range(1, rows + 1)], enforce_sorted=False)
+        torch.testing.assert_close(ours(x)[0].data, theirs(x)[0].data)
+        assert bool(yields) == mine
+        yields.clear()
+
+
+def test_cells_leave_calls_to_torch(yields: list[tuple]) -> None:
+    cell = fastseq.nn.LSTMCell(400, 400)
+    with torch.no_grad():
+        for rows, mine in ((3, True), (4, False)):
+            cell(torch.randn(rows, 400))
+            assert bool(yields) == mine
+            yields.clear()
+
+
+def test_what_torch_cannot_do_is_never_left_to_it(yields: list[tuple]) -> None:
+    ours, x = fastseq.nn.LSTM(7, 11), torch.randn(5, 4, 7)
+    for options in (
+        dict(lengths=torch.tensor([1, 2, 3, 5])),
+        dict(reset=torch.rand(5, 4) < 0.5),
+        dict(return_cell_sequence=True),
+    ):
+        ours(x, **options)
+        assert yields
+        yields.clear()
+
+
+def test_a_kernel_asked_for_by_name_leaves_nothing_to_torch(yields: list[tuple]) -> None:
+    ours, x = fastseq.nn.LSTM(7, 11), torch.randn(5, 4, 7)
+    with fastseq.use_backend(LSTM.table.impls[0].name):
+        ours(x)
+    assert yields
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_compiled_calls_are_never_left_to_torch(yields: list[tuple], rows: int) -> None:
+    torch._dynamo.reset()
+    model = fastseq.accelerate(nn.Sequential(nn.LSTM(5, 6)))
+    torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(4, rows, 5))[0].sum().backward()
+    assert yields
+
+
+def test_a_kernel_that_refuses_a_call_leaves_it_to_torch(yields: list[tuple]) -> None:
+    """Rather than to the reference, which has a loop over steps."""
+    table = LSTM.table
+    table.impls[0] = replace(table.impls[0], yields=None, needs=lambda x, *_: "too many" if x.shape[1] > 3 else None)
+    theirs, ours = pair(7, 11)
+    x = torch.randn(5, 4, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(flat(ours(x)), flat(theirs(x)), rtol=0, atol=0)
+        torch.testing.assert_close(flat(ours(x[:, :3])), flat(theirs(x[:, :3])))
+
+
+def test_explain_says_that_calls_are_left_to_torch(yields: list[tuple]) -> None:
+    row = fastseq.explain(fastseq.nn.LSTM(7, 11)).rows[0]
+    assert row.served_by == LSTM.table.impls[0].name and "calls in which torch is ahead go to torch" in row.note

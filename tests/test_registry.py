@@ -12,8 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastseq
-from fastseq import jit, selfcheck
-from fastseq.cli import app
+from fastseq import cli, jit, selfcheck
 from fastseq.ops.lstm import LSTM as LSTM_OP
 from fastseq.ops.lstm import lstm
 from fastseq.ops.recurrent import Case
@@ -58,20 +57,31 @@ def test_asked_for_by_name_never_falls_back() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    assert known_backends() == ["cpp", "triton", "reference"]
-    with pytest.raises(ValueError, match="unknown backend 'fast'; the known ones are cpp, triton, reference"):
+    assert known_backends() == ["cpp", "triton", "numba", "reference"]
+    with pytest.raises(ValueError, match="unknown backend 'fast'; the known ones are cpp, triton, numba, reference"):
         fastseq.use_backend("fast").__enter__()
 
 
+def test_a_name_binds_the_ops_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = Impl("new", "fastseq.reference.lstm", verified=frozenset({selfcheck.architecture("cpu")}))
+    with_it, without = op_of(new), op_of()
+    monkeypatch.setitem(OPS, "of a test", with_it)
+    with fastseq.use_backend("new"):
+        assert with_it.candidates("cpu", torch.float32) == [new]
+        assert without.candidates("cpu", torch.float32) == [without.reference]
+        logits, target = torch.randn(2, 3), torch.tensor([0, 2])
+        expected = torch.nn.functional.cross_entropy(logits, target)
+        torch.testing.assert_close(fastseq.functional.cross_entropy(logits, target), expected)
+
+
 def test_backends_nest_and_end() -> None:
-    x = torch.zeros(3, 2, 4)
-    outside = LSTM.select("cpu", torch.float32)
+    outside = LSTM.candidates("cpu", torch.float32)
     with fastseq.use_backend("reference"):
-        assert LSTM.select("cpu", torch.float32, x) is reference
+        assert LSTM.candidates("cpu", torch.float32) == [LSTM.reference]
         with pytest.raises(RuntimeError), fastseq.use_backend("reference"):
             raise RuntimeError
-        assert LSTM.select("cpu", torch.float32, x) is reference
-    assert LSTM.select("cpu", torch.float32) is outside
+        assert LSTM.candidates("cpu", torch.float32) == [LSTM.reference]
+    assert LSTM.candidates("cpu", torch.float32) == outside
 
 
 def test_environment_names_a_backend() -> None:
@@ -82,7 +92,7 @@ def test_environment_names_a_backend() -> None:
     assert done.stdout.strip() == "fastseq.reference.lstm"
     environment["FASTSEQ_BACKEND"] = "fast"
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
-    assert "unknown backend 'fast'; the known ones are cpp, triton, reference" in done.stderr
+    assert "unknown backend 'fast'; the known ones are cpp, triton, numba, reference" in done.stderr
 
 
 @pytest.fixture
@@ -159,29 +169,35 @@ def test_a_gpus_process_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_selfcheck_checks_everything_and_says_what_is_wrong(fresh_cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastseq.cli.OPS", {"lstm": op_of(unverified(), self_check=lambda *_: None)})
-    result = CliRunner().invoke(app, ["selfcheck"])
+    result = CliRunner().invoke(cli.app, ["selfcheck"])
     assert result.exit_code == 0 and "right on" in result.output and "float64" in result.output
 
     def check(kernel: Kernel, device: str, dtype: torch.dtype) -> None:
         raise AssertionError("off by one")
 
     monkeypatch.setattr("fastseq.cli.OPS", {"lstm": op_of(unverified(), self_check=check)})
-    result = CliRunner().invoke(app, ["selfcheck"])
+    result = CliRunner().invoke(cli.app, ["selfcheck"])
     assert result.exit_code == 1 and "off by one" in " ".join(result.output.split())
 
 
-def test_a_kernel_that_cannot_be_compiled_is_named_once(fresh_cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    if jit.is_interpreted():
+@pytest.mark.parametrize(
+    ("runtime", "where", "kind"),
+    [("triton", "triton.errors", "TritonError"), ("numba", "numba.core.errors", "LoweringError")],
+)
+def test_a_kernel_that_cannot_be_compiled_is_named_once(
+    runtime: str, where: str, kind: str, fresh_cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if runtime == "triton" and jit.is_interpreted():
         pytest.skip("nothing is compiled in the interpreter")
-    errors = pytest.importorskip("triton.errors")
+    errors = pytest.importorskip(where)
     calls = []
 
     def forward(*args):
         calls.append(args)
         raise error
 
-    error: Exception = errors.TritonError("no such instruction\nat line 3")
-    new = Impl("new", "fastseq.kernels.triton.new", dtypes=FLOATS)
+    error: Exception = getattr(errors, kind)("no such instruction\nat line 3")
+    new = Impl("new", f"fastseq.kernels.{runtime}.new", dtypes=FLOATS)
     monkeypatch.setattr(Impl, "unavailable", lambda self: None)
     monkeypatch.setattr(Impl, "build", lambda self: "")
     monkeypatch.setitem(new.__dict__, "kernel", SimpleNamespace(forward=forward, backward=forward))
@@ -189,7 +205,7 @@ def test_a_kernel_that_cannot_be_compiled_is_named_once(fresh_cache, monkeypatch
     arguments = Case(3, 2, 4, 5).arguments(LSTM_OP, "cpu", torch.float64)
     forward_args = arguments.saving(False)
     expected = reference.forward(*forward_args)
-    with pytest.warns(RuntimeWarning, match=r"fastseq::lstm: new cannot be compiled here: TritonError: no such"):
+    with pytest.warns(RuntimeWarning, match=rf"fastseq::lstm: new cannot be compiled here: {kind}: no such"):
         got = op.select("cpu", torch.float64, *forward_args).forward(*forward_args)
     torch.testing.assert_close(got, expected)
     assert op.select("cpu", torch.float64, *forward_args) is reference and len(calls) == 1
@@ -199,6 +215,15 @@ def test_a_kernel_that_cannot_be_compiled_is_named_once(fresh_cache, monkeypatch
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         op.select("cpu", torch.float64, *forward_args).forward(*forward_args)
     assert op.reason_against(new, "cpu", torch.float64) is None
+
+
+def test_a_kernel_that_cannot_be_imported_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = frozenset({selfcheck.architecture("cpu")})
+    new = Impl("new", "fastseq.kernels.numba.new", dtypes=FLOATS, verified=here)
+    monkeypatch.setattr(Impl, "unavailable", lambda self: None)
+    op, args = op_of(new), Case(3, 2, 4, 5).arguments(LSTM_OP, "cpu", torch.float64).saving(False)
+    with pytest.warns(RuntimeWarning, match=r"new cannot be compiled here: ModuleNotFoundError: No module named"):
+        torch.testing.assert_close(op.select("cpu", torch.float64, *args).forward(*args), reference.forward(*args))
 
 
 @pytest.mark.parametrize(
@@ -214,23 +239,81 @@ def test_a_kernel_that_cannot_be_compiled_is_named_once(fresh_cache, monkeypatch
 )
 def test_why_triton_cannot_serve(changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     has = dict(version="3.6.0", gpu=True, capability=(8, 0), hip=None) | changes
-    monkeypatch.setattr(jit, "version", lambda: has["version"])
+    monkeypatch.setattr(jit.Triton, "versions", lambda self: [has["version"]])
     monkeypatch.setattr(jit, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.version, "hip", has["hip"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has["gpu"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: has["capability"])
-    assert jit.unavailable.__wrapped__() == reason
+    assert jit.Triton().unavailable == reason
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it could not be found
-    assert "Triton >= 3.6 cannot be imported" in str(jit.unavailable.__wrapped__())
+    assert "Triton >= 3.6 cannot be imported" in str(jit.Triton().unavailable)
 
 
-def test_triton_is_not_imported_for_cpus() -> None:
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [(["0.59.1", "0.42"], "it needs numba >= 0.60, not 0.59.1"), (["0.60.0rc1", "0.43"], None), (["1.0", "1.0"], None)],
+    ids=str,
+)
+def test_numba_has_to_be_new_enough(
+    versions: list[str], reason: str | None, fresh_cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", SimpleNamespace(config=SimpleNamespace(DISABLE_JIT=0)))
+    monkeypatch.setattr(jit.Numba, "versions", lambda self: versions)
+    assert jit.Numba().unavailable == reason
+
+
+def test_without_numba_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert "numba >= 0.60 cannot be imported" in str(jit.Numba().unavailable)
+
+
+def test_numba_must_be_allowed_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("numba").config, "DISABLE_JIT", 1)
+    assert jit.Numba().unavailable == "NUMBA_DISABLE_JIT is set"
+
+
+@pytest.mark.usefixtures("nothing_asked_for")
+def test_numba_needs_a_folder_for_what_it_compiles(fresh_cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    (fresh_cache / "file").touch()
+    monkeypatch.setenv("FASTSEQ_CACHE", str(fresh_cache / "file"))  # which even root cannot make a folder in
+    reason = str(jit.Numba().unavailable)
+    assert str(fresh_cache / "file" / "numba") in reason and "FASTSEQ_CACHE" in reason
+    monkeypatch.setattr(jit.NUMBA, "unavailable", reason)
+    numba = next(impl for impl in LSTM.impls if impl.name == "numba")
+    assert LSTM.reason_against(numba, "cpu", torch.float32) == reason
+    monkeypatch.setattr(LSTM, "_choices", {})
+    assert LSTM.candidates("cpu", torch.float32)[0].name != "numba"
+    with fastseq.use_backend("numba"), pytest.raises(fastseq.BackendError, match="numba was asked for but compiled"):
+        LSTM.select("cpu", torch.float32)
+
+
+def test_a_build_is_of_all_sources_of_a_runtime(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kernels_of_a_test", SimpleNamespace(__path__=[str(tmp_path)]))
+
+    class Compiler(jit.Numba):
+        kernels = "kernels_of_a_test"
+
+        def versions(self) -> list[str]:
+            return found
+
+    found, builds = ["0.60.0", "0.43.0"], set()
+    for name, text in (("gru.py", "1"), ("gru.py", "2"), ("simd.py", "1"), ("simd.py", "2")):
+        (tmp_path / name).write_text(text)
+        builds.add(Compiler().build)
+    found = ["0.60.0", "0.43.1"]
+    builds |= {Compiler().build, Compiler().build}
+    assert len(builds) == 5 and all(build.startswith("numba 0.60.0 llvmlite 0.43") for build in builds)
+
+
+def test_what_compiles_kernels_is_not_imported_before_it_serves() -> None:
     script = """
 import sys, torch, fastseq
 x = torch.randn(2, 3, 8)
+assert "numba" not in sys.modules
 fastseq.functional.scaled_dot_product_attention(x.half(), x.half(), x.half())
 assert "triton" not in sys.modules
 """
@@ -290,10 +373,63 @@ def test_the_self_check_catches_a_wrong_kernel(name: str) -> None:
 
 
 def test_info_lists_every_implementation() -> None:
-    result = CliRunner().invoke(app, ["info"])
+    result = CliRunner().invoke(cli.app, ["info"])
     assert result.exit_code == 0
     for word in ("fastseq", "torch", "CPU kernels", *OPS, "cpp", "reference", "float64"):
         assert word in result.output
+
+
+@pytest.fixture
+def warmed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
+    """What has been compiled, in a table of one op that is served by numba."""
+    calls: list[tuple[str, torch.dtype]] = []
+    new = Impl("numba", "fastseq.kernels.numba.new", frozenset({"cpu"}), FLOATS)
+    monkeypatch.setitem(new.__dict__, "kernel", SimpleNamespace(warmup=lambda dtype: calls.append(("lstm", dtype))))
+    op = op_of(new)
+    monkeypatch.setattr(op, "reason_against", lambda *_: None)
+    monkeypatch.setattr("fastseq.cli.OPS", {"lstm": op, "norm": op_of()})
+    monkeypatch.setattr(jit.NUMBA, "unavailable", None)
+    return calls
+
+
+def test_warmup_compiles_everything(warmed: list[tuple[str, torch.dtype]]) -> None:
+    result = CliRunner().invoke(cli.app, ["warmup"])
+    assert result.exit_code == 0 and warmed == [("lstm", torch.float32), ("lstm", torch.float64)]
+    assert result.output.count("ready") == 2
+
+
+def test_warmup_compiles_what_it_is_asked_for(warmed: list[tuple[str, torch.dtype]]) -> None:
+    assert CliRunner().invoke(cli.app, ["warmup", "--dtype", "float64", "lstm"]).exit_code == 0
+    assert warmed == [("lstm", torch.float64)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gruu"], "numba has no kernels for the op 'gruu'; it has some for lstm"),
+        (["lstm", "norm"], "numba has no kernels for the op 'norm'; it has some for lstm"),
+        (["--dtype", "float16"], "numba has no kernels for the dtype 'float16'; it has some for float32, float64"),
+    ],
+    ids=str,
+)
+def test_warmup_knows_what_there_is(arguments: list[str], message: str, warmed: list) -> None:
+    result = CliRunner().invoke(cli.app, ["warmup", *arguments])
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
+    assert not warmed
+
+
+def test_warmup_says_why_it_cannot(warmed: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(jit.NUMBA, "unavailable", "NUMBA_DISABLE_JIT is set")
+        result = CliRunner().invoke(cli.app, ["warmup"])
+    assert result.exit_code == 1 and "NUMBA_DISABLE_JIT is set" in result.output and not warmed
+
+    def warmup(dtype: torch.dtype) -> None:
+        raise jit.CompileError("no such instruction")
+
+    monkeypatch.setitem(cli.OPS["lstm"].impls[0].__dict__, "kernel", SimpleNamespace(warmup=warmup))
+    result = CliRunner().invoke(cli.app, ["warmup"])
+    assert result.exit_code == 1 and "cannot be compiled here: no such" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("variable", ["FASTSEQ_BACKEND", "FASTSEQ_CPU_ISA"])
@@ -304,7 +440,5 @@ def test_info_says_what_the_environment_gets_wrong(variable: str) -> None:
         capture_output=True,
         text=True,
     )
-    if variable == "FASTSEQ_CPU_ISA" and fastseq.native.unavailable():
-        pytest.skip("no extension whose instruction set could be chosen")
     assert done.returncode == 1
     assert "nope" in done.stdout and "Traceback" not in done.stdout + done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import require
+from conftest import require_kernel
 from test_attention_ops import LEAD, REFUSED, heads_of, nested
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -43,7 +43,7 @@ def _undone() -> Iterator[None]:
 @pytest.fixture
 def computed(computed: list[Arguments]) -> list[Arguments]:
     """Skips where torch's function would serve anyway."""
-    require(TABLE, TABLE.impls[0], "cpu", torch.float32)
+    require_kernel(TABLE, "cpu", torch.float32)
     return computed
 
 
@@ -381,7 +381,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("first", [False, True])
 def test_compiled_models(first: bool) -> None:
     """A graph is made anew when routing begins and when it ends."""
-    require(TABLE, TABLE.impls[0], "cpu", torch.float32)
+    require_kernel(TABLE, "cpu", torch.float32)
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 

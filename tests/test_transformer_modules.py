@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import require
+from conftest import require_kernel
 from torch import Tensor, nn
 
 import fastseq
@@ -297,8 +297,7 @@ def test_overridden_blocks_are_used(norm_first: bool) -> None:
 @pytest.fixture
 def ours_serves() -> None:
     """Skips where torch's path serves attention."""
-    if fastseq.nn.MultiheadAttention(E, H).why_torch() is not None:
-        require(TABLE, TABLE.impls[0], "cpu", torch.float32)
+    require_kernel(TABLE, "cpu", torch.float32)
 
 
 @pytest.mark.usefixtures("fast_path", "ours_serves")
@@ -986,6 +985,7 @@ def test_a_module_that_was_taken_out_may_be_any_function() -> None:
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_decoders_see_what_is_left_out_of_the_source_only() -> None:
     theirs, ours = pair("Transformer", batch_first=True)
     (src, tgt), given = inputs("Transformer"), dict(src_key_padding_mask=MEMORY_PADS)

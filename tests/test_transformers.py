@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_no_worse, require_native
+from conftest import assert_no_worse, require_kernel
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -19,7 +19,7 @@ from transformers import masking_utils
 import fastseq
 from fastseq.integrations import transformers as integration
 from fastseq.integrations.transformers import Mask, attention_forward, attention_mask, register
-from fastseq.ops.attention import Arguments
+from fastseq.ops.attention import TABLE, Arguments
 
 register()
 
@@ -107,7 +107,7 @@ def counted(make: Callable, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
     """What has reached attention's op from transformers."""
-    require_native()
+    require_kernel(TABLE, "cpu", torch.float32)
     calls: list[Arguments] = []
     op = integration.attention
     monkeypatch.setattr(integration, "attention", lambda a, *rest: (calls.append(a), op(a, *rest))[1])
@@ -405,6 +405,7 @@ def gpt_oss() -> nn.Module:
     return hf.GptOssForCausalLM(hf.GptOssConfig(**DECODER, **experts))
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_sinks_go_to_the_models_own_attention(computed: list[Arguments]) -> None:
     model, inputs = build(gpt_oss).eval(), inputs_of(gpt_oss, "left")
     with torch.no_grad():
@@ -421,6 +422,7 @@ def test_sinks_go_to_the_models_own_attention(computed: list[Arguments]) -> None
         model(**inputs)
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_what_nobody_knows_is_refused() -> None:
     layer = llama().model.layers[0].self_attn
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
@@ -432,6 +434,7 @@ def test_what_nobody_knows_is_refused() -> None:
 
 
 @pytest.mark.parametrize("make", [llama, t5])
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_without_a_kernel(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """sdpa serves, or eager where weights are asked for."""
     monkeypatch.setattr(integration, "why_torch", lambda *_: "no kernel for this test")
@@ -465,8 +468,9 @@ def test_none_is_taken_as_in_sdpa() -> None:
                 assert got.is_contiguous() and got.shape == (2, L, 4, 5)
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_accelerate_explain_restore() -> None:
-    require_native()
+    require_kernel(TABLE, "cpu", torch.float32)
     model = t5()
     model.encoder.set_attn_implementation("eager")
     holder = nn.ModuleDict({"translator": model, "lstm": nn.LSTM(4, 4), "falcon": falcon()})
@@ -475,7 +479,8 @@ def test_accelerate_explain_restore() -> None:
     assert told["translator.decoder"].note == "not accelerated; fastseq.accelerate(model) changes that"
     assert fastseq.accelerate(holder) is holder
     told = {row.layer: row for row in fastseq.explain(holder).rows}
-    assert [told[f"translator.{part}"].served_by for part in ("encoder", "decoder")] == ["cpp", "cpp"]
+    served = TABLE.candidates("cpu", torch.float32)[0].name
+    assert [told[f"translator.{part}"].served_by for part in ("encoder", "decoder")] == [served, served]
     assert told["translator.encoder"].type == "T5Stack"
     assert "does not go through" in told["falcon"].note and told["falcon"].served_by.startswith("transformers'")
     assert holder["falcon"].config._attn_implementation != "fastseq"

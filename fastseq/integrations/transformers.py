@@ -306,7 +306,7 @@ def attention_forward(
             if not output_attentions:
                 return out, None
             return out, F.pad(weights.to(wanted), (0, key.shape[2] - arguments.key.shape[2]))
-    if (asked_for := requested()) is not None:
+    if (asked_for := requested(TABLE.name)) is not None:
         raise BackendError(
             f"{type(module).__name__}: {asked_for} was asked for but transformers' own path has to serve"
         )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastseq.nn.attention_mechanism import AdditiveAttention, LuongAttention, check_padding, check_sizes
 from fastseq.nn.places import Places, as_lengths, padding_mask
-from fastseq.nn.serving import Served, are_sound, cast, torch_forward
+from fastseq.nn.serving import Served, are_sound, cast
 from fastseq.ops.attention_decoder import CELLS, TABLE, Arguments, check_lengths, decode
 from fastseq.ops.contract import autocast_dtype, computes_in, has_hooks, why_torch
 from fastseq.ops.linear import linear
@@ -233,7 +233,7 @@ class AttentionDecoder(Served, nn.Module):
             input = self._cleared(input, lengths)
             input = input.transpose(0, 1) if self.batch_first else input
             steps = (input, memory, state, lengths, absent, keys)
-            output = torch_forward(self._step_by_step, type(self).__name__, reason, *steps)
+            output = self._as_torch(self._step_by_step, reason, *steps)
         if not self.batch_first:
             return output
         return output._replace(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast
 from fastseq.ops.contract import autocast_dtype, needs_graph, requested, why_torch
 from fastseq.ops.gru import GRU
 from fastseq.ops.lstm import LSTM
@@ -31,39 +31,49 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
         op = self.op
         if not isinstance(x, Tensor):
             node = self._node(x, hx)
-            return torch_forward(torchs_forward, type(self).__name__, None, x, hx) if node is None else node
+            return self._as_torch(torchs_forward, None, x, hx) if node is None else node
         low = autocast_dtype(x)
         is_small = low is None and x.dtype in FLOATS and self._is_small(x)
-        if (is_small or x.device.type != "cpu") and requested() is None:
+        if (is_small or x.device.type != "cpu") and requested(self.op.name) is None:
             return torchs_forward(x, hx)
         weights = self._weights(_WEIGHTS if self.bias else _WEIGHTS[:2])
-        if not torch.compiler.is_compiling() and (result := self._at_once(op, x, hx, weights)) is not None:
+        if (
+            not torch.compiler.is_compiling()
+            and (result := self._at_once(op, torchs_forward, x, hx, weights)) is not None
+        ):
             return result
         states = _NO_STATES if hx is None else hx if op.has_cell else (hx, None)
         given = x.dtype
         reason = why_torch(op.table, x.device.type, given)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
         if reason is not None or not self._is_sound(x, states, weights, low is not None):
-            return torch_forward(torchs_forward, type(self).__name__, reason, x, hx)
+            return self._as_torch(torchs_forward, reason, x, hx)
 
         compute, wanted = self._dtypes(x, low)
         if compute != given or low is not None:
             x, states = cast(x, compute), cast(states, compute)
             if needs_graph(x, *states, *weights):  # without one, the op reads them as they are
                 weights = cast(weights, compute)
-        rows = 1 if x.dim() == 2 else 2  # T, or T and B
+        given_x, rows = x, 1 if x.dim() == 2 else 2  # T, or T and B
         h, c = states
         for _ in range(rows):
             x, h, c = x.unsqueeze(0), h if h is None else h.unsqueeze(0), c if c is None else c.unsqueeze(0)
-        finals: Any = op(Arguments(x, h, c, weights))[1 : 2 + op.has_cell]
+        arguments = Arguments(x, h, c, weights)
+        if compute == given and self._yields(arguments):
+            return torchs_forward(given_x, hx)
+        finals: Any = op(arguments)[1 : 2 + op.has_cell]
         for _ in range(rows):
             finals = tuple([s.squeeze(0) for s in finals])
         if compute != wanted:
             finals = cast(finals, wanted)
         return finals if op.has_cell else finals[0]
 
-    def _at_once(self, op: Recurrent, x: Tensor, hx: Any, weights: list[Any]) -> Any:
-        """The result of a plain call, straight from the kernel; None for any other call."""
+    def _at_once(
+        self, op: Recurrent, torchs_forward: Callable[..., Any], x: Tensor, hx: Any, weights: list[Any]
+    ) -> Any:
+        """The result of a plain call, straight from the kernel, or from torch's own forward where that is ahead; None
+        for any other call.
+        """
         state = self._split(hx)
         if state is None or x.dim() != 2 or x.shape[1] != self.input_size:
             return None
@@ -71,13 +81,15 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
         if (h is not None and type(h) is not Tensor) or (c is not None and type(c) is not Tensor):
             return None
         arguments = Arguments(x[None], h if h is None else h[None], c if c is None else c[None], weights)
+        if op.table.rule_for_torch(x.device.type, x.dtype) and self._yields(arguments):
+            return torchs_forward(x, hx)
         outputs = op.at_once(arguments)
         if outputs is None:
             return None
         return (outputs[1][0], outputs[2][0]) if op.has_cell else outputs[1][0]
 
     def why_torch(self) -> str | None:
-        if next(self.parameters()).device.type != "cpu" and requested() is None:
+        if next(self.parameters()).device.type != "cpu" and requested(self.op.name) is None:
             return "torch's own cells are fused there"
         return super().why_torch()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.nn.places import as_lengths
-from fastseq.nn.serving import ServedRecurrent, are_sound, cast, torch_forward
+from fastseq.nn.serving import ServedRecurrent, are_sound, cast
 from fastseq.ops.contract import autocast_dtype, needs_graph, why_torch
 from fastseq.ops.gru import GRU as GRU_OP
 from fastseq.ops.lstm import LSTM as LSTM_OP
@@ -29,10 +29,11 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
         reset_state: Any = None,
         return_cell_sequence: bool = False,
     ) -> Any:
-        op, name = self.op, type(self).__name__
+        op = self.op
         options = not (lengths is None and reset is None and reset_state is None) or return_cell_sequence
         if self.num_layers == 1 and not torch.compiler.is_compiling():
-            result = self._at_once(op, input, hx, lengths, reset, reset_state, return_cell_sequence)
+            forward = None if options else torchs_forward
+            result = self._at_once(op, forward, input, hx, lengths, reset, reset_state, return_cell_sequence)
             if result is not None:
                 return result
         packed = isinstance(input, PackedSequence)
@@ -40,7 +41,7 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
         if not isinstance(x, Tensor):
             more = dict(lengths=lengths, reset=reset, reset_state=reset_state)
             node = self._node(input, hx, **more, return_cell_sequence=return_cell_sequence or None)
-            return torch_forward(torchs_forward, name, None, input, hx) if node is None else node
+            return self._as_torch(torchs_forward, None, input, hx) if node is None else node
         low = autocast_dtype(x)
         weights = self._weights(self._flat_weights_names)
         # Whatever is wrong with the arguments, torch's own checks say so in torch's own words.
@@ -50,7 +51,7 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
         if reason is not None or not sound:
             if packed and hx is not None:  # which torch forgets to check, and reads past the states' end
                 self.check_forward_args(x, hx, sizes)
-            result = torch_forward(torchs_forward, name, reason, input, hx)
+            result = self._as_torch(torchs_forward, reason, input, hx)
             if options:  # and torch has accepted what the op does not take
                 raise ValueError("lengths, reset and the like need an input and weights that fastseq's op takes")
             return result
@@ -64,12 +65,14 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
         elif self.batch_first:
             x = x.transpose(0, 1)
         reset_states: list[Tensor | None] = [None, None]
+        first = weights[: len(weights) // self.num_layers]
         if options:
             given_input = x if packed else input
             lengths, reset, reset_states = self._options(given_input, packed, lengths, reset, reset_state)
-            per_layer = len(weights) // self.num_layers
             like_x = cast(states, x.dtype)  # under autocast they may be of another dtype
-            op.check(self._arguments(0, x, like_x, weights[:per_layer], sizes, lengths, reset, reset_states))
+            op.check(self._arguments(0, x, like_x, first, sizes, lengths, reset, reset_states))
+        elif self._yields(self._arguments(0, x, states, first, sizes, None, None, reset_states)):
+            return torchs_forward(input, hx)
 
         given = x.dtype
         compute, wanted = self._dtypes(x, low)
@@ -94,9 +97,20 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
         return sequences[0], tuple(finals) if op.has_cell else finals[0], *sequences[1:]
 
     def _at_once(
-        self, op: Recurrent, x: Any, hx: Any, lengths: Any, reset: Any, reset_state: Any, want_cells: bool
+        self,
+        op: Recurrent,
+        torchs_forward: Callable[..., Any] | None,
+        input: Any,
+        hx: Any,
+        lengths: Any,
+        reset: Any,
+        reset_state: Any,
+        want_cells: bool,
     ) -> Any:
-        """The result of a plain call of one layer, straight from the kernel; None for any other call."""
+        """The result of a plain call of one layer, straight from the kernel, or from torch's own forward where that is
+        ahead; None for any other call.
+        """
+        x = input
         if type(x) is not Tensor or x.dim() != 3 or x.shape[2] != self.input_size:
             return None
         state, anew = self._split(hx), self._split(reset_state)
@@ -107,6 +121,8 @@ class _Layers(ServedRecurrent, torch.nn.RNNBase):
             reset = reset if reset is None else reset.transpose(0, 1)
         weights = self._weights(self._flat_weights_names)
         arguments = Arguments(x, *state, weights, self.bidirectional, None, lengths, reset, *anew)
+        if op.table.rule_for_torch(x.device.type, x.dtype) and torchs_forward and self._yields(arguments):
+            return torchs_forward(input, hx)
         outputs = op.at_once(arguments, want_cells)
         if outputs is None:
             return None

@@ -9,20 +9,9 @@ from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
-from fastseq.ops.contract import computes_in, requested, why_torch
-from fastseq.ops.recurrent import Recurrent
+from fastseq.ops.contract import computes_in, is_plain, requested, why_torch
+from fastseq.ops.recurrent import Arguments, Recurrent
 from fastseq.registry import BackendError, Op
-
-
-def torch_forward(forward: Any, name: str, reason: str | None, *args: Any) -> Any:
-    """The call of torch's own forward.
-
-    Raises:
-        BackendError: an implementation was asked for by name, but there is a reason why none serves.
-    """
-    if reason is not None and (name_asked_for := requested()) is not None:
-        raise BackendError(f"fastseq.nn.{name}: {name_asked_for} was asked for but {reason}")
-    return forward(*args)
 
 
 def are_sound(weights: list[Any], dtype: torch.dtype, device: torch.device, autocast: bool) -> bool:
@@ -66,6 +55,16 @@ class Served(torch.nn.Module):
         """Why this module takes torch's path whatever its input, or None."""
         example = self.example
         return why_torch(self.table, example.device.type, example.dtype)
+
+    def _as_torch(self, torchs_forward: Any, reason: str | None, *args: Any) -> Any:
+        """The call of torch's own forward.
+
+        Raises:
+            BackendError: an implementation was asked for by name, but there is a reason why none serves.
+        """
+        if reason is not None and (name := requested(self.table.name)) is not None:
+            raise BackendError(f"fastseq.nn.{type(self).__name__}: {name} was asked for but {reason}")
+        return torchs_forward(*args)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script compiles in place of this module: torch's own, which shares everything with it."""
@@ -118,6 +117,19 @@ class ServedRecurrent(Served):
         if type(state) is not tuple or len(state) != 2 or state[0] is None or state[1] is None:
             return None
         return state
+
+    def _yields(self, arguments: Arguments) -> bool:
+        """Whether torch's own forward shall have a plain call that comes to these arguments, checked or not.
+
+        Others stay ours: they may want what torch's forward does not have, and torch.compile would unroll its steps.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        x, h0, c0, weights, *_ = arguments
+        rule = self.table.rule_for_torch(x.device.type, x.dtype)
+        if rule is None or not is_plain(x, h0, c0, *weights) or torch._C._is_any_autocast_enabled():
+            return False
+        return rule(*arguments) is not None
 
     def _dtypes(self, x: Tensor, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
         """What a call on an input x, under autocast to `low` if any, computes in and returns."""

@@ -250,6 +250,14 @@ TABLE = register(
                 verified=frozenset({"avx2", "avx512", "portable"}),
             ),
             Impl(
+                "numba",
+                "fastseq.kernels.numba.attention",
+                devices=frozenset({"cpu"}),
+                dtypes=FLOATS,
+                needs=_needs_width,
+                verified=frozenset({"avx2", "avx512", "portable"}),
+            ),
+            Impl(
                 "triton",
                 "fastseq.kernels.triton.attention",
                 devices=frozenset({"cuda"}),
@@ -488,7 +496,7 @@ def scaled_dot_product_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-        if good or (torchs_own and not sound and requested() is None):
+        if good or (torchs_own and not sound and requested(TABLE.name) is None):
             return result
         if not sound:
             shapes = ", ".join(

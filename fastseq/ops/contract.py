@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq.dynamo import assume_constant_result
-from fastseq.registry import FLOATS, HALF, OPS, Op, requested_backend
+from fastseq.registry import FLOATS, HALF, OPS, Op
 
 # The schemas live in Python, so that the ops exist where the extension does not.
 LIBRARY = torch.library.Library("fastseq", "DEF")
@@ -35,7 +35,7 @@ def implement(
     torch.library.register_fake(f"fastseq::{name}_backward", backward_fake, lib=LIBRARY)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = {Tensor, torch.nn.Parameter}
 _KNOWN = FLOATS | HALF
 
 Some = TypeVar("Some", bound=tuple)
@@ -43,15 +43,15 @@ Some = TypeVar("Some", bound=tuple)
 
 # Dynamo cannot look into the choice of an implementation, and need not: it does not change between a trace and its use.
 @assume_constant_result
-def requested() -> str | None:
-    """The implementation asked for by name, or None."""
-    return requested_backend()
+def requested(op: str) -> str | None:
+    """The implementation of the op that is asked for by name, or None."""
+    return OPS[op].requested()
 
 
 @assume_constant_result
 def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
     """Whether something better than the reference serves the op, or an implementation is asked for by name."""
-    return requested_backend() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].reference
+    return OPS[op].requested() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].reference
 
 
 @assume_constant_result
@@ -77,17 +77,19 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing but a kernel wants to see a call on these: no tracing, no mode, no transform, no tensor subclass.
+    """Whether nothing but a kernel wants to see a call on these: no tracing, no mode, no transform, no tensor subclass,
+    and no view that stands for the negative of what is in memory.
 
     Such a call can go to the kernel at once, which spares the dispatcher's two calls of Python: at one step a call,
     they would take longer than the kernel.
     """
+    if torch.compiler.is_compiling():
+        return False
     for t in tensors:
-        if type(t) not in _PLAIN:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return False
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

@@ -285,7 +285,7 @@ def conv_relu_pool(
         # torch's own checks say what is wrong, if something is, in torch's own words.
         y = F.conv2d(x, weight, bias, stride, padding).relu()
         y = y if _pair(pool) == [1, 1] else F.max_pool2d(y, pool)
-        if (name := requested()) is not None:
+        if (name := requested(TABLE.name)) is not None:
             raise BackendError(f"fastseq.functional.conv_relu_pool: {name} was asked for but {reason}")
         return y
     return conv_pool(arguments, False).y
@@ -295,7 +295,7 @@ def _is_slower(arguments: Arguments) -> bool:
     """Whether torch's functions are faster, and nothing else is asked for: in training without pooling, where none of
     the gradient can be left out.
     """
-    return arguments.pool == [1, 1] and needs_graph(*arguments[:3]) and requested() is None
+    return arguments.pool == [1, 1] and needs_graph(*arguments[:3]) and requested(TABLE.name) is None
 
 
 def _taken(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, pool: Any) -> Arguments | None:

@@ -309,7 +309,7 @@ def cross_entropy(
     if rows is None or reason is not None:
         # torch's own checks say what is wrong, if something is, in torch's own words.
         result = F.cross_entropy(input, target, weight, reduction=reduction, **options)
-        if (name := requested()) is not None:
+        if (name := requested(TABLE.name)) is not None:
             raise BackendError(f"fastseq.functional.cross_entropy: {name} was asked for but {reason}")
         return result
 
@@ -330,7 +330,7 @@ def cross_entropy(
 def _is_small(input: Any) -> bool:
     if not isinstance(input, Tensor) or input.dtype not in FLOATS or input.device.type != "cpu":
         return False
-    return input.numel() < LEAST_LOGITS and requested() is None
+    return input.numel() < LEAST_LOGITS and requested(TABLE.name) is None
 
 
 def _count(arguments: Arguments) -> Tensor:

@@ -185,6 +185,9 @@ PROJECTION_CASES = [
     Case(20, 5, 33, 40, P=33, lengths=True, reset=True, reset_state=True),
 ]
 
+# Multiply-adds below which a few steps are torch's where there are numba's kernels only.
+_LEAST_WORK = 5 << 18
+
 
 class Recurrent:
     """One of the ops: its schemas, its autograd and its table of implementations.
@@ -208,6 +211,14 @@ class Recurrent:
                         f"fastseq_native::{name}",
                         devices=frozenset({"cpu"}),
                         dtypes=FLOATS,
+                        verified=frozenset({"avx2", "avx512", "portable"}),
+                    ),
+                    Impl(
+                        "numba",
+                        f"fastseq.kernels.numba.{name}",
+                        devices=frozenset({"cpu"}),
+                        dtypes=FLOATS,
+                        yields=self._why_torch_before_numba,
                         verified=frozenset({"avx2", "avx512", "portable"}),
                     ),
                     Impl(
@@ -248,10 +259,10 @@ class Recurrent:
         return Outputs(*self._op(*arguments.saving(False, save_cells)))
 
     def at_once(self, arguments: Arguments, save_cells: bool = False) -> tuple[Tensor, ...] | None:
-        """The `Outputs` of unchecked arguments from a kernel that checks them itself, if the call is as plain as most.
+        """The `Outputs` of unchecked arguments, if the call is as plain as most.
 
-        None for any other call (autocast, a mode, ...) and for one that the kernel refuses: the way round knows what to
-        do or to say. At one step a call, that way would take longer than the kernel.
+        None for any other call (autocast, a mode, ...) and for one that is refused: the way round knows what to do or
+        to say. At one step a call, that way would take longer than the kernel.
         """
         x, h0, c0, weights, _, _, lengths, reset, reset_h, reset_c = arguments
         if (
@@ -263,7 +274,7 @@ class Recurrent:
         ):
             return None
         impl = self.table.candidates(x.device.type, x.dtype)[0]
-        if not impl.is_native:
+        if impl is self.table.reference or x.device.type != "cpu" or (impl.needs and impl.needs(*arguments)):
             return None
         outputs: tuple[Tensor, ...]
         try:
@@ -271,9 +282,25 @@ class Recurrent:
                 outputs = _Function.apply(self, True, *arguments[:3], *arguments[4:], *weights)
             else:
                 outputs = impl.kernel.forward(*arguments.saving(False, save_cells))
-        except RuntimeError:
+        except Exception:
             return None
         return outputs
+
+    def _why_torch_before_numba(
+        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], *options: Any
+    ) -> str | None:
+        """Why torch's own layer is ahead of numba's kernel, as measured on Zen 5 with two threads, or None."""
+        packed = options[1] is not None
+        T, B = (len(options[1]), int(options[1][0])) if packed else x.shape[:2]
+        H = weights[0].shape[0] // self.gates
+        if not self.has_cell:
+            # Around a kernel there is Python, 30 to 40 us of it; a step of torch's takes 10 to 25.
+            work = T * B * weights[0].shape[0] * (x.shape[-1] + H)
+            return "a few small steps take torch no longer" if T < 4 and work < _LEAST_WORK else None
+        if packed or x.dtype != torch.float32 or weights[1].shape[1] != H or not _has_onednn():
+            return None  # torch goes step by step, then
+        ahead = T > 1 and (B >= 8 or T < 32) if needs_graph(x, h0, c0, *weights) else B >= 12
+        return "torch's LSTM is oneDNN's, and ahead from some rows on" if ahead else None
 
     def check(self, arguments: Arguments) -> None:
         """Raises ValueError with the argument's name where a shape or a dtype is not as in `Arguments`."""
@@ -475,6 +502,10 @@ class _Function(torch.autograd.Function):
             *ours, dweights = compute(*grads, *arguments, y, gates, cells, needs)
             found = [g if need else None for g, need in zip([*ours, *dweights], needs, strict=True)]
         return None, None, *found[:3], None, None, None, None, *found[3:]
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def allows_tf32() -> bool:

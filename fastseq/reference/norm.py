@@ -37,20 +37,19 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `fastseq.ops.norm.Arguments` and `Outputs`."""
     total = _computed(x)
-    nothing = total.new_empty(0)
     if seed is not None:
         total = total * keep(seed, x.shape, dropout_p, x.device).to(total.dtype)
     if residual is not None:
         total = residual + total
     total = total.to(x.dtype)
     mean, rstd = statistics(total, kind, eps)
-    y = nothing.to(x.dtype)
+    y = x.new_empty(0)
     if kind != NONE:
         y = _normal(total, mean, rstd, kind)
         y = y if weight is None else y * weight
         y = (y if bias is None else y + bias).to(x.dtype)
     if not save_total or (residual is None and seed is None):
-        total = nothing.to(x.dtype)
+        total = x.new_empty(0)
     return y.contiguous(), total.contiguous(), mean, rstd
 
 
