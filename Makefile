@@ -6,7 +6,7 @@ OUT    ?= out/gpu-check
 
 # FASTSEQ_NO_EXT=1 asks for an installation without the extension; otherwise make requires it.
 NO_EXT  := $(filter-out 0,$(FASTSEQ_NO_EXT))
-REQUIRE := $(if $(NO_EXT),,cpp)
+REQUIRE := $(if $(NO_EXT),numba,cpp,numba)
 DONE    := $(VENV)/.installed$(if $(NO_EXT),-no-ext)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 demo: $(DONE)  ## train and run a character-level LSTM, as it is and accelerated
 	$(BIN)/python examples/char_lm.py
 
-test: $(DONE)  ## all tests; a missing C++ extension is a failure, not a skip
+test: $(DONE)  ## all tests; a missing C++ extension or numba is a failure, not a skip
 	FASTSEQ_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 FASTSEQ_REQUIRE=$(REQUIRE),triton $(BIN)/python -m pytest tests/test_triton_*.py
 

@@ -12,7 +12,7 @@ from race import race as run_race
 from report import render
 from roofline import UnmeasuredError, measure
 
-SMOKE_PEERS = "torch,plain,onnxruntime"
+SMOKE_PEERS = "torch,numba,plain,onnxruntime"
 OUTCOMES = pytest.StashKey[list]()
 ROOFLINE = pytest.StashKey[str]()
 
@@ -87,8 +87,8 @@ def race(benchmark, pytestconfig, threads, roofline):
 
     def run(op, mode, case):
         names = _peer_names(pytestconfig)
-        able = names if case.peers is None else [name for name in names if name in case.peers]
-        peers = [peer for peer in PEERS if peer.name in able and mode in peer.modes]
+        able = set(names if case.peers is None else case.peers) | {peer.name for peer in PEERS if peer.ours}
+        peers = [peer for peer in PEERS if peer.name in able.intersection(names) and mode in peer.modes]
         benchmark.group = f"{op} {case}"
         outcome = run_race(
             benchmark, op, mode, case, peers, threads, SMOKE if pytestconfig.option.smoke else FULL, roofline

@@ -5,13 +5,16 @@ import importlib.util
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq.registry import OPS, _requested
 
 # Unrolling a long sequence can keep a compiler busy for an hour.
 COMPILE_LIMIT_S = 15
@@ -120,6 +123,24 @@ def fastseq_call(job: Job) -> Call:
     return call_of(job.ours.layer, job.ours)
 
 
+def served_by(layer: nn.Module) -> set[str]:
+    """The implementations that serve fastseq's layers; one that took torch's own path must show."""
+    names = {row.served_by for row in fastseq.explain(layer).rows}
+    if not names:  # a function's, which names its op
+        names = {OPS[layer.op].candidates("cpu", torch.float32)[0].name}
+    return names
+
+
+def numba_call(job: Job) -> Call:
+    """fastseq's own, served by numba wherever numba has a kernel."""
+    here = copy_context()
+    here.run(_requested.set, "numba")  # as use_backend does, but not anew in each call
+    task = replace(job.ours, layer=copy.deepcopy(job.ours.layer))
+    if "numba" not in here.run(served_by, task.layer):
+        raise AbsentError("-")
+    return partial(here.run, call_of(task.layer, task))
+
+
 def torch_call(job: Job) -> Call:
     task = replace(job.task, layer=copy.deepcopy(job.task.layer))
     return call_of(task.layer, task)
@@ -222,6 +243,7 @@ class Peer:
         alone: it is timed on its own and then dropped, since its threads go on spinning after a call and slow
             whatever follows, by up to 2x on two cores.
         same: its results are those of the job, which is checked.
+        ours: it is fastseq too, otherwise served: it can do every case, and nothing is gained by beating it.
     """
 
     name: str
@@ -230,6 +252,7 @@ class Peer:
     requires: tuple[str, ...] = ()
     alone: bool = False
     same: bool = True
+    ours: bool = False
 
     def call(self, job: Job) -> Call:
         """The call for this job.
@@ -242,9 +265,10 @@ class Peer:
         return self.prepare(job)
 
 
-FASTSEQ = Peer("fastseq", fastseq_call)
+FASTSEQ = Peer("fastseq", fastseq_call, ours=True)
 PEERS = [
     Peer("torch", torch_call),
+    Peer("numba", numba_call, requires=("numba",), ours=True),
     Peer("plain", plain_call, same=False),
     Peer("transformers", transformers_call, requires=("transformers",), same=False),
     Peer("torch.compile", compile_call),

@@ -20,12 +20,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from peers import FASTSEQ, SEED, AbsentError, Call, Job, Peer, exact
+from peers import FASTSEQ, SEED, AbsentError, Call, Job, Peer, exact, served_by
 from roofline import Roofline
-from torch import nn
 
 import fastseq
-from fastseq.registry import OPS
 
 MODES = ("inference", "training")
 
@@ -133,7 +131,7 @@ def race(
     training = mode == "training"
     job = job_of(case, training, threads)
     floor = roofline.floor(case.flops(training), case.traffic(training)) if roofline else None
-    outcome = Outcome(op, mode, str(case), served_by(job.ours.layer), floor)
+    outcome = Outcome(op, mode, str(case), ", ".join(sorted(served_by(job.ours.layer))), floor)
     with torch.set_grad_enabled(training):
         expected = exact(job)
         ours = enter(FASTSEQ, job, expected)
@@ -197,8 +195,8 @@ def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
     call = peer.call(job)
     if peer.same:
         torch.manual_seed(SEED)
-        task = job.ours if peer is FASTSEQ else job.task
-        by_size = job.random and peer is not FASTSEQ
+        task = job.ours if peer.ours else job.task
+        by_size = job.random and not peer.ours
         compare = assert_same_size if by_size else partial(assert_close, tolerance=task.tolerance)
         for name, result, want in zip(task.names, call(), expected, strict=True):
             got = task.aligned(torch.as_tensor(result)).to(want.dtype)
@@ -240,11 +238,3 @@ def noting_absence(outcome: Outcome, peer: Peer) -> Iterator[None]:
         yield
     except AbsentError as absent:
         outcome.absent[peer.name] = str(absent)
-
-
-def served_by(layer: nn.Module) -> str:
-    """The implementations that serve fastseq's layers; one that took torch's own path must show."""
-    names = {row.served_by for row in fastseq.explain(layer).rows}
-    if not names:  # a function's, which names its op
-        names = {OPS[layer.op].candidates("cpu", torch.float32)[0].name}
-    return ", ".join(sorted(names))

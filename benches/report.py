@@ -17,7 +17,8 @@ from fastseq import native
 
 WIDTH = 120
 BEST = "the best peer"
-PACKAGES = ("fastseq", "torch", "onnxruntime", "openvino")
+OURS = {peer.name for peer in PEERS if peer.ours}
+PACKAGES = ("fastseq", "torch", "numba", "onnxruntime", "openvino")
 
 
 def render(outcomes: Sequence[Outcome], threads: int, roofline: str, color: bool) -> str:
@@ -83,7 +84,7 @@ def _means(outcomes: Sequence[Outcome]) -> Table:
 
 def _against(name: str, outcome: Outcome) -> float | None:
     if name == BEST:
-        return min(outcome.ratios.values(), default=None)
+        return min((ratio for peer, ratio in outcome.ratios.items() if peer not in OURS), default=None)
     return outcome.ratios.get(name)
 
 
