@@ -10,6 +10,7 @@ from conftest import require_kernel
 from torch import nn
 
 import fastseq
+from fastseq import registry, selfcheck
 from fastseq.ops.attention import TABLE as ATTENTION
 from fastseq.ops.lstm import LSTM as LSTM_OP
 
@@ -138,6 +139,19 @@ def test_explanation_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         layer(torch.randn(2, 1, 3))
     assert called
+
+
+@pytest.mark.usefixtures("nothing_asked_for")
+def test_explain_says_why_each_implementation_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = fastseq.accelerate(nn.LSTM(3, 4))
+    reasons = {"cpp": "no compiler", "numba": "no numba", "triton": "no GPU"}
+    monkeypatch.setattr(registry.Impl, "unavailable", lambda self: reasons.get(self.name))
+    for serving, told in (("numba", ["cpp: no compiler"]), ("torch", ["cpp: no compiler", "numba: no numba"])):
+        reasons["numba"] = None if serving == "numba" else "no numba"
+        monkeypatch.setattr(LSTM, "_choices", {})
+        monkeypatch.setattr(selfcheck, "failure", lambda *_: None)
+        row = fastseq.explain(layer).rows[0]
+        assert row.served_by == serving and all(text in row.note for text in told)
 
 
 def test_explain_finds_weights_that_are_no_parameters() -> None:

@@ -1,4 +1,4 @@
-"""Every instruction set of the extension that this machine has, on the ops' tests."""
+"""Every instruction set that this machine has, of the extension and of what numba compiles, on the ops' tests."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import require_native
 
-from fastseq import native
+from fastseq import jit, native, selfcheck
 
 TESTS = [
     "test_forward_and_tape",
@@ -43,12 +43,15 @@ def has(isa: str) -> bool:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_ops_on(isa: str) -> None:
-    require_native()
+    there = {"cpp": native.unavailable(), "numba": jit.NUMBA.unavailable}
+    required = [name for name, reason in there.items() if reason is None]
+    if not required:
+        require_native()
     if not has(isa):
         pytest.skip(f"this machine does not have {isa}")
-    if isa == native.instruction_set():
+    if isa == selfcheck.instruction_set():
         pytest.skip(f"{isa} is what all other tests ran on")
-    environment = {**os.environ, "FASTSEQ_CPU_ISA": isa, "FASTSEQ_REQUIRE": "cpp"}
+    environment = {**os.environ, "FASTSEQ_CPU_ISA": isa, "FASTSEQ_REQUIRE": ",".join(required)}
     files = [str(Path(__file__).with_name(name)) for name in FILES]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files, "-k", " or ".join(TESTS)],

@@ -17,9 +17,10 @@ from conftest import REQUIRED, threads_set
 if "numba" not in REQUIRED:
     pytest.importorskip("numba")
 
-from fastseq.kernels.numba import compiler, gru, simd, team
+from fastseq.kernels.numba import attention, compiler, gru, simd, team
 from fastseq.kernels.numba.compiler import Elements, Integers, Kernel, Size
 from fastseq.kernels.numba.jit import jit
+from fastseq.ops.attention import Arguments
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -313,3 +314,46 @@ def test_the_cache_is_of_this_state_of_the_sources(monkeypatch: pytest.MonkeyPat
         assert compiler.folder() != before
     finally:
         compiler.folder.cache_clear()
+
+
+def test_what_does_not_fit_is_refused_before_a_kernel_runs() -> None:
+    """Calls of the ops themselves, which nothing in Python has checked; the next good one works."""
+    good, expected = layer()
+    x, _, _, weights, *_ = good
+
+    def changed(place: int, value: object) -> tuple:
+        return (*good[:place], value, *good[place + 1 :])
+
+    for call, message in (
+        (changed(1, torch.zeros(1, 4, 96)), "h0 must be"),
+        (changed(3, [w[:-1] for w in weights]), "must"),
+        (changed(3, [*weights[:2], weights[2].double(), weights[3]]), r"weights\[2\] must be torch.float32"),
+        (changed(8, torch.tensor([21, 1, 1])), "lengths must be between 0 and T=20"),
+        (changed(9, torch.zeros(20, 2, dtype=torch.bool)), "reset must be"),
+        ((x[0], *good[1:7], torch.tensor([3, 1]), *good[8:]), "batch_sizes must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gru.forward(*call)
+    torch.testing.assert_close(gru.forward(*good)[0], expected)
+    outputs = gru.forward(*changed(5, True))
+    with pytest.raises(ValueError, match="gates must be"):
+        gru.backward(
+            None, outputs[1], None, None, *good[:5], *good[7:], outputs[0], outputs[3][:, 1:], outputs[4], [True] * 9
+        )  # fmt: skip
+
+    q = torch.randn(2, 4, 5, 8)
+    given = dict(zip(Arguments._fields, Arguments(q, q, q, scale=1.0), strict=True))
+    for name, value in (
+        ("key", q[..., :7]),
+        ("value", q[:, :, :4]),
+        ("value", q[:, :3]),
+        ("mask", torch.zeros(2, 1, 5, 4)),
+        ("key_padding", torch.zeros(2, 4, dtype=torch.bool)),
+        ("slopes", torch.zeros(3)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            attention.forward(*Arguments(**{**given, name: value}), 0)
+    out, lse, _ = attention.forward(*given.values(), 0)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=1.0))
+    with pytest.raises(ValueError, match="lse must be"):
+        attention.backward(out, None, *given.values(), out, lse[:, :, :4], [True] * 3 + [False])

@@ -375,8 +375,17 @@ def test_the_self_check_catches_a_wrong_kernel(name: str) -> None:
 def test_info_lists_every_implementation() -> None:
     result = CliRunner().invoke(cli.app, ["info"])
     assert result.exit_code == 0
-    for word in ("fastseq", "torch", "CPU kernels", *OPS, "cpp", "reference", "float64"):
+    for word in ("fastseq", "torch", "CPU kernels", *OPS, "cpp", "numba", "reference", "float64"):
         assert word in result.output
+
+
+def test_info_says_why_numba_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit.NUMBA, "unavailable", "NUMBA_DISABLE_JIT is set")
+    output = " ".join(CliRunner().invoke(cli.app, ["info"]).output.split())
+    assert "numba NUMBA_DISABLE_JIT is set" in output
+    assert output.count("NUMBA_DISABLE_JIT") == 1 + sum(
+        len(impl.dtypes) for op in OPS.values() for impl in op.impls if impl.runtime is jit.NUMBA
+    )
 
 
 @pytest.fixture

@@ -1240,11 +1240,34 @@ def _ends(name: str, ends: Tensor, count: int) -> Tensor:
 _NOTHING = Call(*(0 if kind is Size else 0.0 if kind is Number else None for kind in Call.__annotations__.values()))
 
 
+def _expect(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t is not None and (t.shape != shape or t.dtype != dtype or not t.is_cpu):
+        got = f"{t.dtype} {list(t.shape)} on {t.device}"
+        raise ValueError(f"attention: {name} must be {dtype} {list(shape)} on the CPU, got {got}")
+
+
+def _check(arguments: Arguments) -> None:
+    """Raises ValueError unless the tensors fit together, as the kernels rely on."""
+    query, key, value, mask, padding, slopes, *_ = arguments
+    (N, H, L, E), dtype = query.shape, query.dtype
+    Hk, S = key.shape[1:3]
+    _expect("key", key, (N, Hk, S, E), dtype)
+    _expect("value", value, (N, Hk, S, value.shape[3]), dtype)
+    if H and (not Hk or H % Hk):
+        raise ValueError(f"attention: key's {Hk} heads must divide query's {H}")
+    if mask is not None:
+        shape = [own if own == 1 else whole for own, whole in zip(mask.shape, (N, H, L, S), strict=True)]
+        _expect("mask", mask, tuple(shape), torch.bool if mask.dtype == torch.bool else dtype)
+    _expect("key_padding", padding, (N, S), torch.bool)
+    _expect("slopes", slopes, (H,), dtype)
+
+
 class _Problem:
     """A call's tensors in the layout that the kernels read, alive for as long as they run."""
 
     def __init__(self, arguments: Arguments) -> None:
         query, key, value, mask, padding, slopes, ends_q, ends_k, seed, *_ = arguments
+        _check(arguments)
         self.dtype = query.dtype
         N, H, L, E = query.shape
         Hk, S, Ev = key.shape[1], key.shape[2], value.shape[3]
@@ -1359,6 +1382,14 @@ def backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tens
         return *grads, dmask
     problem = _Problem(arguments)
     fields = problem.fields
+    shape = (N, H, query.shape[2])
+    for name, t, rest in (
+        ("out", out, (value.shape[3],)),
+        ("dout", dout, (value.shape[3],)),
+        ("lse", lse, ()),
+        ("dlse", dlse, ()),
+    ):
+        _expect(name, t, (*shape, *rest), query.dtype)
     if dout is None:
         dout = query.new_zeros(()).expand_as(out).contiguous()
     fields.update(_strides("out", _laid_out(out)), **_strides("dout", _laid_out(dout)), lse=lse.contiguous())
