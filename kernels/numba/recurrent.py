@@ -228,12 +228,11 @@ class Recurrent:
         G, H, P = self.gates, len(ways[0].w_ih) // self.gates, ways[0].w_hh.shape[1]
         rows = _rows(x, batch_sizes, lengths)
         T, B, N = rows.T, rows.B, rows.N
-        nothing = x.new_empty(0)
         y = _empty(x, N, D * P) if rows.packed else _empty(x, T, B, D * P)
         h_n = _empty(x, D, B, P)
-        c_n = _empty(x, D, B, H) if self.has_cell else nothing
-        gates = _empty(x, D, N, self.tape * H) if save_tape and self.tape else nothing
-        cells = _empty(x, D, N, H) if (save_tape or save_cells) and self.has_cell else nothing
+        c_n = _empty(x, D, B, H) if self.has_cell else x.new_empty(0)
+        gates = _empty(x, D, N, self.tape * H) if save_tape and self.tape else x.new_empty(0)
+        cells = _empty(x, D, N, H) if (save_tape or save_cells) and self.has_cell else x.new_empty(0)
         outputs = (y, h_n, c_n, gates, cells)
         if B == 0:
             return outputs
@@ -323,7 +322,6 @@ class Recurrent:
                 )
         running = len(rows.x)
         projected = P != H
-        nothing = x.new_empty(0)
         state_wanted, reset_wanted = needs[1] or needs[2], (needs[3] or needs[4]) and reset is not None
         per_way = len(weights) // D
         needs_of = [needs[5 + d * per_way : 5 + (d + 1) * per_way] for d in range(D)]
@@ -371,7 +369,7 @@ class Recurrent:
         dweights: list[Tensor] = []
         for d, (w, need) in enumerate(zip(ways, needs_of, strict=True)):
             w_needs = [*need, False, False] if w.b_ih is None else need
-            found: list[Tensor] = [nothing] * per_way
+            found: list[Tensor] = [x.new_empty(0) for _ in range(per_way)]
             if need[0]:
                 found[0] = _outer(dx[d], rows.x)
             if need[1]:
@@ -389,9 +387,9 @@ class Recurrent:
                 through = torch.stack([du[d] @ w.w_hh for d, w in enumerate(ways)])
                 dh = through + dh if self.keeps_h else through
         return (
-            rows.spread(dx_rows, x.shape) if dx_rows is not None else nothing,
-            _by_row(dh, rows.order) if state_wanted else nothing,
-            _by_row(dc, rows.order) if state_wanted and self.has_cell else nothing,
+            rows.spread(dx_rows, x.shape) if dx_rows is not None else x.new_empty(0),
+            _by_row(dh, rows.order) if state_wanted else x.new_empty(0),
+            _by_row(dc, rows.order) if state_wanted and self.has_cell else x.new_empty(0),
             dreset_h,
             dreset_c,
             dweights,
