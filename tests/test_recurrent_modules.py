@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune as prune_utils
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import fastseq
 from fastseq.ops.lstm import LSTM
@@ -839,3 +840,17 @@ def test_a_kernel_that_refuses_a_call_leaves_it_to_torch(yields: list[tuple]) ->
 def test_explain_says_that_calls_are_left_to_torch(yields: list[tuple]) -> None:
     row = fastseq.explain(fastseq.nn.LSTM(7, 11)).rows[0]
     assert row.served_by == LSTM.table.impls[0].name and "calls in which torch is ahead go to torch" in row.note
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("served")
+def test_checkpoints_that_stop_early(kind: str) -> None:
+    """What is computed anew ends, by an exception of torch's, when all that backward needs is there."""
+    theirs, ours = pair(4, 4, kind=kind)
+    results = []
+    for module in (theirs, ours):
+        x = torch.linspace(-1, 1, 48).view(6, 2, 4).requires_grad_()
+        y = checkpoint(lambda t, module=module: module(t)[0], x, use_reentrant=False)
+        y.sum().backward()
+        results.append([y.detach(), x.grad, *[p.grad for p in module.parameters()]])
+    assert_same(*results)

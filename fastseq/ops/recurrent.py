@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.jit import CompileError
 from fastseq.ops.contract import (
     LIBRARY,
     below_autograd,
@@ -282,7 +283,7 @@ class Recurrent:
                 outputs = _Function.apply(self, True, *arguments[:3], *arguments[4:], *weights)
             else:
                 outputs = impl.kernel.forward(*arguments.saving(False, save_cells))
-        except Exception:
+        except (RuntimeError, ValueError, CompileError):  # others are not a refusal: hooks of the caller's raise, too
             return None
         return outputs
 

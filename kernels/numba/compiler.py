@@ -165,11 +165,11 @@ class Kernel(Generic[Call]):
             names = {"body": self.body, "unpack": _unpacker(self.fields, _ELEMENT[dtype]), "__name__": __name__}
             entry = FunctionType(_entry.__code__, names, name.replace("-", "_"))
             signature = types.void(types.int64, types.int64, types.voidptr)
-            with _Told(self.name, dtype), _Folder(folder() / name):
-                try:
+            try:
+                with _Told(self.name, dtype), _Folder(folder() / name):
                     compiled = numba.cfunc(signature, cache=True, error_model="numpy")(entry)
-                except Exception as error:
-                    raise CompileError(f"{self.name}: {type(error).__name__}: {error}") from error
+            except Exception as error:  # the folder's, too
+                raise CompileError(f"{self.name}: {type(error).__name__}: {error}") from error
             self._kept.append(compiled)
             function = Function(compiled.address)
             self._functions[dtype] = function
