@@ -222,7 +222,7 @@ def _served_by(module: Served, more: str = "") -> tuple[str, str]:
     op, device = module.table, example.device.type
     dtype = computes_in(op.name, device, example.dtype)
     try:
-        chosen = op.candidates(device, dtype)[0]
+        chosen = op.preferred(device, dtype)
     except BackendError as error:  # an implementation is asked for by name and cannot serve
         return "nothing", str(error)
     passed_over = [

@@ -167,6 +167,7 @@ class Op:
         self.impls = impls
         self.self_check = self_check
         self._choices: dict[tuple[str | None, str, torch.dtype], list[Impl]] = {}
+        self._preferred: dict[tuple[str | None, str, torch.dtype], Impl] = {}
         self._rules: dict[tuple[str | None, str, torch.dtype], Callable[..., str | None] | None] = {}
         self._given_up: dict[str, str] = {}
 
@@ -199,6 +200,7 @@ class Op:
         """Uses an implementation no more in this process, and says so once."""
         reason = why_not_compiled(error)
         self._choices.clear()
+        self._preferred.clear()
         self._rules.clear()
         if self._given_up.setdefault(impl.name, reason) is reason:
             warnings.warn(f"fastseq::{self.name}: {impl.name} {reason}", RuntimeWarning, stacklevel=2)
@@ -219,6 +221,22 @@ class Op:
                 self._choices[key] = [self._by_name(requested, device, dtype)]
         return self._choices[key]
 
+    def preferred(self, device: str, dtype: torch.dtype) -> Impl:
+        """The first of the candidates. Those behind it are not asked: that may mean to import what compiles them.
+
+        Raises:
+            BackendError, ValueError: as for `candidates`.
+        """
+        requested = self.requested()
+        key = (requested, device, dtype)
+        if (known := self._choices.get(key)) is not None:
+            return known[0]
+        if requested is not None:
+            return self.candidates(device, dtype)[0]
+        if key not in self._preferred:
+            self._preferred[key] = next(i for i in self.impls if self.reason_against(i, device, dtype) is None)
+        return self._preferred[key]
+
     def rule_for_torch(self, device: str, dtype: torch.dtype) -> Callable[..., str | None] | None:
         """What tells, from a call's arguments, why torch's own layer shall have it, or None: that nothing but the
         reference takes it, or that what takes it yields. None where there is nothing to tell.
@@ -230,9 +248,10 @@ class Op:
         return self._rules[key]
 
     def _rule(self, device: str, dtype: torch.dtype) -> Callable[..., str | None] | None:
-        takers = [impl for impl in self.candidates(device, dtype) if impl is not self.reference]
-        if not any(impl.yields or impl.needs for impl in takers[:1]):  # mostly the first one takes all
+        first = self.preferred(device, dtype)
+        if first is self.reference or not (first.yields or first.needs):  # mostly the first one takes all
             return None
+        takers = [impl for impl in self.candidates(device, dtype) if impl is not self.reference]
 
         def rule(*args: Any) -> str | None:
             reason = None
@@ -246,12 +265,19 @@ class Op:
 
     def select(self, device: str, dtype: torch.dtype, *args: Any) -> Kernel:
         """The kernel that serves this call; `args` are the op's arguments, for the implementations' `needs`."""
+        chosen = self.preferred(device, dtype)
+        if chosen.needs and chosen.needs(*args) is not None:
+            chosen = self._next_best(device, dtype, *args)
+        return _CompiledWhenCalled(self, chosen, device, dtype, args) if chosen.runtime else chosen.kernel
+
+    def _next_best(self, device: str, dtype: torch.dtype, *args: Any) -> Impl:
+        """The first of the candidates that takes this call."""
         candidates = self.candidates(device, dtype)
         reason = None
         for impl in candidates:
             reason = impl.needs(*args) if impl.needs else None
             if reason is None:
-                return _CompiledWhenCalled(self, impl, device, dtype, args) if impl.runtime else impl.kernel
+                return impl
         raise BackendError(f"fastseq::{self.name}: {candidates[-1].name} cannot serve this call: {reason}")
 
     def requested(self) -> str | None:

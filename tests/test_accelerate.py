@@ -149,6 +149,7 @@ def test_explain_says_why_each_implementation_is_passed_over(monkeypatch: pytest
     for serving, told in (("numba", ["cpp: no compiler"]), ("torch", ["cpp: no compiler", "numba: no numba"])):
         reasons["numba"] = None if serving == "numba" else "no numba"
         monkeypatch.setattr(LSTM, "_choices", {})
+        monkeypatch.setattr(LSTM, "_preferred", {})
         monkeypatch.setattr(selfcheck, "failure", lambda *_: None)
         row = fastseq.explain(layer).rows[0]
         assert row.served_by == serving and all(text in row.note for text in told)

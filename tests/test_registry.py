@@ -286,6 +286,7 @@ def test_numba_needs_a_folder_for_what_it_compiles(fresh_cache, monkeypatch: pyt
     numba = next(impl for impl in LSTM.impls if impl.name == "numba")
     assert LSTM.reason_against(numba, "cpu", torch.float32) == reason
     monkeypatch.setattr(LSTM, "_choices", {})
+    monkeypatch.setattr(LSTM, "_preferred", {})
     assert LSTM.candidates("cpu", torch.float32)[0].name != "numba"
     with fastseq.use_backend("numba"), pytest.raises(fastseq.BackendError, match="numba was asked for but compiled"):
         LSTM.select("cpu", torch.float32)
@@ -307,6 +308,22 @@ def test_a_build_is_of_all_sources_of_a_runtime(tmp_path, monkeypatch: pytest.Mo
     found = ["0.60.0", "0.43.1"]
     builds |= {Compiler().build, Compiler().build}
     assert len(builds) == 5 and all(build.startswith("numba 0.60.0 llvmlite 0.43") for build in builds)
+
+
+def test_what_stands_behind_the_one_that_serves_is_not_asked(monkeypatch: pytest.MonkeyPatch, fresh_cache) -> None:
+    first = Impl("first", "fastseq.reference.lstm", needs=lambda x, *_: "x is too long" if len(x) > 3 else None)
+    second = Impl("second", "fastseq.reference.lstm")
+    op, asked = op_of(first, second), []
+    reason_against = Op.reason_against
+    monkeypatch.setattr(
+        Op, "reason_against", lambda self, impl, *kind: (asked.append(impl), reason_against(self, impl, *kind))[1]
+    )
+    assert op.preferred("cpu", torch.float32) is first
+    op.select("cpu", torch.float32, torch.zeros(2))
+    assert asked == [first]
+    op.select("cpu", torch.float32, torch.zeros(5))
+    assert asked[1:] == [first, second, op.reference]
+    assert op.preferred("cpu", torch.float32) is first
 
 
 def test_what_compiles_kernels_is_not_imported_before_it_serves() -> None:

@@ -554,7 +554,7 @@ def _serving(module: nn.Module) -> tuple[str, str]:
     if (reason := why_torch(TABLE, device, dtype)) is not None:
         return "transformers' sdpa", reason
     try:
-        served_by = TABLE.candidates(device, TABLE.computes_in(device, dtype))[0].name
+        served_by = TABLE.preferred(device, TABLE.computes_in(device, dtype)).name
     except BackendError as error:
         return "nothing", str(error)
     _, names = _eager_of(type(module))  # type: ignore[arg-type]

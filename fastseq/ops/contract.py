@@ -51,7 +51,7 @@ def requested(op: str) -> str | None:
 @assume_constant_result
 def _is_served(op: str, device: str, dtype: torch.dtype) -> bool:
     """Whether something better than the reference serves the op, or an implementation is asked for by name."""
-    return OPS[op].requested() is not None or OPS[op].candidates(device, dtype)[0] is not OPS[op].reference
+    return OPS[op].requested() is not None or OPS[op].preferred(device, dtype) is not OPS[op].reference
 
 
 @assume_constant_result
