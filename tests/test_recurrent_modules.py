@@ -761,6 +761,7 @@ def yields(nothing_asked_for: None, monkeypatch: pytest.MonkeyPatch) -> list[tup
     monkeypatch.setitem(mine.__dict__, "kernel", spy)
     monkeypatch.setattr(table, "impls", [mine, table.reference])
     monkeypatch.setattr(table, "_choices", {})
+    monkeypatch.setattr(table, "_preferred", {})
     monkeypatch.setattr(table, "_rules", {})
     return calls
 
@@ -852,5 +853,19 @@ def test_checkpoints_that_stop_early(kind: str) -> None:
         x = torch.linspace(-1, 1, 48).view(6, 2, 4).requires_grad_()
         y = checkpoint(lambda t, module=module: module(t)[0], x, use_reentrant=False)
         y.sum().backward()
+        results.append([y.detach(), x.grad, *[p.grad for p in module.parameters()]])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("served")
+def test_gradients_that_stand_for_negatives(kind: str) -> None:
+    """As of a conjugate's imaginary part: what lies in memory has the other sign."""
+    theirs, ours = pair(4, 4, kind=kind)
+    results = []
+    for module in (theirs, ours):
+        x = torch.linspace(-1, 1, 48).view(6, 2, 4).requires_grad_()
+        y = module(x)[0]
+        y.backward(torch._neg_view(torch.linspace(-2, 1, 48).view(6, 2, 4)))
         results.append([y.detach(), x.grad, *[p.grad for p in module.parameters()]])
     assert_same(*results)

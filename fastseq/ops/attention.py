@@ -352,7 +352,7 @@ class _Function(torch.autograd.Function):
             rest = (*tensors[4:], *options, return_weights)
             found = grads_through(reference.forward, tensors[:4], rest, needs, (dout, dlse, dweights))
         else:
-            plain = ctx.plain and is_plain(*tensors[:4])
+            plain = ctx.plain and is_plain(*tensors[:4], *grads)
             compute = _backward if plain else torch.ops.fastseq.attention_backward
             ours = compute(dout, dlse, *tensors, *options, out, lse, needs)
             found = [g if need else None for g, need in zip(ours, needs, strict=True)]

@@ -386,7 +386,7 @@ class _Function(torch.autograd.Function):
             found = grads_through(reference.forward, tensors, (ctx.cell, False), needs, grads)
         else:
             arguments = Arguments._make((*tensors, ctx.cell))
-            plain = ctx.plain and is_plain(*tensors)
+            plain = ctx.plain and is_plain(*tensors, *grads)
             compute = _backward if plain else torch.ops.fastseq.attention_decoder_backward
             asked = [need for name, need in zip(Arguments._fields, needs, strict=False) if name in _BY_NEED]
             ours = Gradients(*compute(*grads, *arguments, *saved, asked))

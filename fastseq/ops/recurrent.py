@@ -274,7 +274,7 @@ class Recurrent:
             or weights[0].dtype != x.dtype
         ):
             return None
-        impl = self.table.candidates(x.device.type, x.dtype)[0]
+        impl = self.table.preferred(x.device.type, x.dtype)
         if impl is self.table.reference or x.device.type != "cpu" or (impl.needs and impl.needs(*arguments)):
             return None
         outputs: tuple[Tensor, ...]
@@ -499,7 +499,7 @@ class _Function(torch.autograd.Function):
         else:
             if ctx.plain and ctx.version_of_y._version != ctx.version:
                 y = ctx.op._forward(*arguments.saving(False))[0]
-            compute = ctx.op._backward if ctx.plain and is_plain(x, *weights) else ctx.op._backward_op
+            compute = ctx.op._backward if ctx.plain and is_plain(x, *weights, *grads) else ctx.op._backward_op
             *ours, dweights = compute(*grads, *arguments, y, gates, cells, needs)
             found = [g if need else None for g, need in zip([*ours, *dweights], needs, strict=True)]
         return None, None, *found[:3], None, None, None, None, *found[3:]
