@@ -12,7 +12,6 @@ but shapes: results are the same bits whatever the number of threads.
 """
 
 import math
-import os
 from array import array
 from typing import Any, NamedTuple
 
@@ -53,6 +52,7 @@ from fastseq.kernels.numba.simd import (
     zeros,
 )
 from fastseq.kernels.numba.team import fetch_add, take
+from fastseq.kernels.numba.tensors import ceil_div, cut, expect, in_panels, panel_of, poisoned
 from fastseq.ops.attention import AVERAGE, EACH_HEAD, NO_WEIGHTS, Arguments, empty_like_heads
 from fastseq.reference.dropout import dropped_of, kept_factor
 
@@ -1199,18 +1199,6 @@ BACKWARD = Kernel("attention_backward", _backward, Call)
 
 # From tensors.
 
-_LINE = 16  # elements, or more, that a line of the cache has
-_POISON = "FASTSEQ_POISON" in os.environ  # tests set this: an element that a kernel forgot shows as NaN
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _poisoned(*tensors: Tensor) -> None:
-    for t in tensors if _POISON else ():
-        t.fill_(math.nan)
-
 
 def _laid_out(t: Tensor) -> Tensor:
     """With neighbours in memory in the last dimension."""
@@ -1240,26 +1228,20 @@ def _ends(name: str, ends: Tensor, count: int) -> Tensor:
 _NOTHING = Call(*(0 if kind is Size else 0.0 if kind is Number else None for kind in Call.__annotations__.values()))
 
 
-def _expect(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if t is not None and (t.shape != shape or t.dtype != dtype or not t.is_cpu):
-        got = f"{t.dtype} {list(t.shape)} on {t.device}"
-        raise ValueError(f"attention: {name} must be {dtype} {list(shape)} on the CPU, got {got}")
-
-
 def _check(arguments: Arguments) -> None:
     """Raises ValueError unless the tensors fit together, as the kernels rely on."""
     query, key, value, mask, padding, slopes, *_ = arguments
     (N, H, L, E), dtype = query.shape, query.dtype
     Hk, S = key.shape[1:3]
-    _expect("key", key, (N, Hk, S, E), dtype)
-    _expect("value", value, (N, Hk, S, value.shape[3]), dtype)
+    expect("attention", "key", key, (N, Hk, S, E), dtype)
+    expect("attention", "value", value, (N, Hk, S, value.shape[3]), dtype)
     if H and (not Hk or H % Hk):
         raise ValueError(f"attention: key's {Hk} heads must divide query's {H}")
     if mask is not None:
         shape = [own if own == 1 else whole for own, whole in zip(mask.shape, (N, H, L, S), strict=True)]
-        _expect("mask", mask, tuple(shape), torch.bool if mask.dtype == torch.bool else dtype)
-    _expect("key_padding", padding, (N, S), torch.bool)
-    _expect("slopes", slopes, (H,), dtype)
+        expect("attention", "mask", mask, tuple(shape), torch.bool if mask.dtype == torch.bool else dtype)
+    expect("attention", "key_padding", padding, (N, S), torch.bool)
+    expect("attention", "slopes", slopes, (H,), dtype)
 
 
 class _Problem:
@@ -1271,9 +1253,10 @@ class _Problem:
         self.dtype = query.dtype
         N, H, L, E = query.shape
         Hk, S, Ev = key.shape[1], key.shape[2], value.shape[3]
-        self.panel = panel = 2 * vector_bytes() // query.itemsize
+        self.panel = panel_of(query.dtype)
         fields: dict[str, Any] = dict(
-            H=H, Hk=Hk, L=L, S=S, E=E, Ev=Ev, width=_blocks(E, panel) * panel, value_width=_blocks(Ev, panel) * panel,
+            H=H, Hk=Hk, L=L, S=S, E=E, Ev=Ev, width=in_panels(E, query.dtype),
+            value_width=in_panels(Ev, query.dtype),
             sequences=N, scale=arguments.scale, softcap=arguments.softcap, left=arguments.left, right=arguments.right,
             bottom_right=int(arguments.bottom_right),
         )  # fmt: skip
@@ -1306,12 +1289,9 @@ class _Problem:
 
     def run(self, kernel: Kernel[Call], members: int, counters: int = 0, **sizes: int) -> None:
         """Runs a kernel on so many threads, each with scratch of these sizes."""
-        starts, end = [], 0
-        for size in sizes.values():
-            starts.append(end)
-            end += _blocks(size, _LINE) * _LINE
+        starts, end = cut(*sizes.values())
         scratch = torch.empty(members * end, dtype=self.dtype)
-        _poisoned(scratch)
+        poisoned(scratch)
         begin, bytes_ = scratch.data_ptr(), self.dtype.itemsize
         where = {name: begin + start * bytes_ for name, start in zip(sizes, starts, strict=True)}
         counter = array("q", bytes(8 * (1 + counters)))
@@ -1327,7 +1307,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     (N, H, L, _), S, Ev = query.shape, key.shape[2], value.shape[3]
     out, lse = empty_like_heads(query, N, H, L, Ev), query.new_empty(N, H, L)
     weights = query.new_empty({NO_WEIGHTS: (0,), EACH_HEAD: (N, H, L, S), AVERAGE: (N, L, S)}[wanted])
-    _poisoned(out, lse, weights)
+    poisoned(out, lse, weights)
     if not lse.numel():
         return out, lse, weights
     problem = _Problem(arguments)
@@ -1339,9 +1319,9 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = H // Hk * problem.longest_q
     if rows <= _FEW_ROWS and not weights.numel():
         heads, keys = max(1, sequences * Hk), max(1, problem.longest_k)
-        splits = max(1, min(_blocks(_FEW_TASKS, heads), keys // _FEW_KEYS))
-        split_keys = _blocks(_blocks(keys, splits), _KEYS) * _KEYS
-        splits = _blocks(keys, split_keys)
+        splits = max(1, min(ceil_div(_FEW_TASKS, heads), keys // _FEW_KEYS))
+        split_keys = ceil_div(ceil_div(keys, splits), _KEYS) * _KEYS
+        splits = ceil_div(keys, split_keys)
         parts = query.new_empty(heads * splits * rows * (value_width + panel) if splits > 1 else 0)
         fields.update(rows=rows, splits=splits, split_keys=split_keys, parts=parts)
         problem.run(
@@ -1351,17 +1331,17 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return out, lse, weights
     stride = panel if vector_bytes() == 64 else 48
     packed = min(_MOST_PACKED, max(1, _PACKED_BYTES // ((width + value_width) * query.itemsize * _KEYS)))
-    packed_keys = max(1, min(packed, _blocks(problem.longest_k, _KEYS))) * _KEYS
+    packed_keys = max(1, min(packed, ceil_div(problem.longest_k, _KEYS))) * _KEYS
     # As many tasks as make threads end at about the same time.
-    blocks, heads = max(1, _blocks(problem.longest_q, stride)), max(1, sequences * (1 if average else H))
-    tasks = min(blocks, _blocks(4 * members, heads))
-    chunk = stride if average else min(_SHARING_BLOCKS, _blocks(blocks, tasks)) * stride
-    fields.update(stride=stride, chunk=chunk, chunks=_blocks(problem.longest_q, chunk), packed_keys=packed_keys)
+    blocks, heads = max(1, ceil_div(problem.longest_q, stride)), max(1, sequences * (1 if average else H))
+    tasks = min(blocks, ceil_div(4 * members, heads))
+    chunk = stride if average else min(_SHARING_BLOCKS, ceil_div(blocks, tasks)) * stride
+    fields.update(stride=stride, chunk=chunk, chunks=ceil_div(problem.longest_q, chunk), packed_keys=packed_keys)
     problem.run(
         FORWARD, members, at_q=chunk * fields["E"], v_rows=packed_keys * value_width, finite=_MOST_PACKED,
         sums=chunk * value_width, largest=chunk, weight=chunk, shrink=stride, scores=_KEYS * stride,
         factors=max(_KEYS, _KEYS * stride if fields.get("dropped") else 0), square=panel * panel // 4,
-        raw=chunk * _blocks(S, _KEYS) * _KEYS if average else 0,
+        raw=chunk * ceil_div(S, _KEYS) * _KEYS if average else 0,
     )  # fmt: skip
     return out, lse, weights
 
@@ -1375,7 +1355,7 @@ def backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tens
         empty_like_heads(t, *t.shape) if need else query.new_empty(0)
         for t, need in zip((query, key, value), needs[:3], strict=True)
     ]
-    _poisoned(*grads)
+    poisoned(*grads)
     dmask = mask.new_zeros(mask.shape) if mask is not None and needs[3] else query.new_empty(0)
     N, H = query.shape[:2]
     if not N * H:
@@ -1389,7 +1369,7 @@ def backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tens
         ("lse", lse, ()),
         ("dlse", dlse, ()),
     ):
-        _expect(name, t, (*shape, *rest), query.dtype)
+        expect("attention", name, t, (*shape, *rest), query.dtype)
     if dout is None:
         dout = query.new_zeros(()).expand_as(out).contiguous()
     fields.update(_strides("out", _laid_out(out)), **_strides("dout", _laid_out(dout)), lse=lse.contiguous())
@@ -1406,13 +1386,13 @@ def backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tens
     groups_n = min(1, sequences) if learns and not fields["d_n"] else sequences
     groups_h = 1 if learns and not fields["d_h"] else Hk
     split = groups_n * groups_h < members and not (learns and not fields["d_s"])
-    rows = max(1, _blocks(problem.longest_q, stride)) * stride
+    rows = max(1, ceil_div(problem.longest_q, stride)) * stride
     chunk = _CHUNK_BLOCKS * stride
     fields.update(
         stride=stride, rows=rows, groups_n=groups_n, groups_h=groups_h, splits=int(split), chunk=chunk,
         large=64.0 if query.dtype == torch.float32 else 1024.0,
-        tiles=_blocks(problem.longest_k, _KEYS) if split else 1,
-        chunks=_blocks(problem.longest_q, chunk) if split and grads[0].numel() else 0,
+        tiles=ceil_div(problem.longest_k, _KEYS) if split else 1,
+        chunks=ceil_div(problem.longest_q, chunk) if split and grads[0].numel() else 0,
     )  # fmt: skip
     queries, scores = H // Hk * rows, _KEYS * stride
     problem.run(

@@ -28,7 +28,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Generic, NewType, TypeVar
 
-import llvmlite
 import numba
 import torch
 from llvmlite import ir
@@ -37,9 +36,8 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, lower_getattr_generic, models, register_model
 from torch import Tensor
 
-from fastseq.jit import CompileError
+from fastseq.jit import NUMBA, CompileError
 from fastseq.kernels.numba.simd import I64, vector_bytes
-from fastseq.selfcheck import cache_folder
 
 # What a field of a kernel's arguments is: a number, or where a tensor begins, whose elements are of the kernel's dtype,
 # int64, or bytes (booleans). None stands for a tensor that is not there: a null pointer.
@@ -61,12 +59,8 @@ Call = TypeVar("Call", bound=tuple)
 @cache
 def folder() -> Path:
     """Where compiled kernels of this state of the sources are kept."""
-    state = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        state.update(source.read_bytes())
-    versions = (numba.__version__, llvmlite.__version__, platform.python_version(), str(vector_bytes()))
-    state.update("/".join(versions).encode())
-    return cache_folder() / "numba" / state.hexdigest()[:16]
+    state = f"{NUMBA.build}/{platform.python_version()}/{vector_bytes()}"
+    return NUMBA.folder / hashlib.sha256(state.encode()).hexdigest()[:16]
 
 
 class Table(types.Type):
@@ -123,7 +117,7 @@ def _unpacker(fields: type[tuple], element: types.Float) -> Any:
 
 
 def _entry(begin, end, address):
-    body(begin, end, unpack(address))  # type: ignore[name-defined]  # noqa: F821  (they are in the function's own globals)
+    body(begin, end, unpack(address))  # noqa: F821  (they are in the function's own globals)
 
 
 class Kernel(Generic[Call]):

@@ -1,8 +1,7 @@
 """A recurrent op, for any cell: torch's products over all steps, and the kernels of the recurrence between them."""
 
-import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from fastseq.kernels.numba.recurrent_kernel import (
     forward_kernel,
     panels_at_once,
 )
-from fastseq.kernels.numba.simd import vector_bytes
+from fastseq.kernels.numba.tensors import ceil_div, cut, empty, expect, in_panels, panel_of
 from fastseq.ops.linear import linear
 from fastseq.ops.recurrent import Arguments
 from fastseq.ops.recurrent import Recurrent as Contract
@@ -93,29 +92,11 @@ def _directions(weights: Sequence[Tensor], D: int, dtype: torch.dtype) -> list[_
     return made
 
 
-_POISON = "FASTSEQ_POISON" in os.environ  # tests set this: an element that a kernel forgot shows as NaN
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    made = like.new_empty(shape)
-    return made.fill_(torch.nan) if _POISON else made
-
-
-@cache
-def panel(dtype: torch.dtype) -> int:
-    """The columns of a panel."""
-    return 2 * vector_bytes() // dtype.itemsize
-
-
-def _in_panels(count: int, dtype: torch.dtype) -> int:
-    return -(-count // panel(dtype)) * panel(dtype)
-
-
 def packed_transposed(w: Tensor, groups: int) -> Tensor:
     """The panels of W^T for w [groups * columns, K], a panel of each group in turn."""
     columns, K = w.shape[0] // groups, w.shape[1]
-    made = w.new_empty(_in_panels(columns, w.dtype) * groups * K)
-    items = _in_panels(columns, w.dtype) // panel(w.dtype) * groups
+    made = w.new_empty(in_panels(columns, w.dtype) * groups * K)
+    items = ceil_div(columns, panel_of(w.dtype)) * groups
     team.run(PACK, w.dtype, Pack(columns, groups, K, w, made, 1), items, _pack_grain(K, w.dtype))
     return made
 
@@ -123,25 +104,35 @@ def packed_transposed(w: Tensor, groups: int) -> Tensor:
 def packed_rows(w: Tensor) -> Tensor:
     """The panels of w [K, columns]."""
     K, columns = w.shape
-    made = w.new_empty(_in_panels(columns, w.dtype) * K)
-    items = _in_panels(columns, w.dtype) // panel(w.dtype)
+    made = w.new_empty(in_panels(columns, w.dtype) * K)
+    items = ceil_div(columns, panel_of(w.dtype))
     team.run(PACK, w.dtype, Pack(columns, 1, K, w, made, 0), items, _pack_grain(K, w.dtype))
     return made
 
 
 def _scratch(like: Tensor, *sizes: int) -> tuple[Tensor, list[int | None]]:
     """Memory for so many elements each, and where each begins, None where there are none."""
-    places, total = [], 0
-    for size in sizes:
-        places.append(total if size else None)
-        total += -(-size // 16) * 16
-    memory = _empty(like, total)
+    starts, total = cut(*sizes)
+    memory = empty(like, total)
     begin, step = memory.data_ptr(), memory.itemsize
-    return memory, [p if p is None else begin + p * step for p in places]
+    return memory, [begin + start * step if size else None for start, size in zip(starts, sizes, strict=True)]
 
 
 def _pack_grain(K: int, dtype: torch.dtype) -> int:
-    return max(1, 16 * 1024 // (K * panel(dtype)))
+    return max(1, 16 * 1024 // (K * panel_of(dtype)))
+
+
+def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without autocast: the dtypes are what to compute in."""
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return method(*args)
+        with torch.autocast("cpu", enabled=False):
+            return method(*args)
+
+    return call
 
 
 class Recurrent:
@@ -200,6 +191,7 @@ class Recurrent:
             useful = min(step * rows.T // _WORK_PER_MEMBER, max(D, step // _WORK_PER_BARRIER))
         return max(1, min(team.threads(), team.MOST_MEMBERS, useful))
 
+    @_as_given
     def forward(
         self,
         x: Tensor,
@@ -216,23 +208,17 @@ class Recurrent:
         reset_c: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See `fastseq.ops.recurrent`."""
-        if torch._C._is_any_autocast_enabled():  # the dtypes are what to compute in
-            with torch.autocast("cpu", enabled=False):
-                return self.forward(
-                    x, h0, c0, weights, bidirectional, save_tape, save_cells, batch_sizes, lengths, reset, reset_h,
-                    reset_c,
-                )  # fmt: skip
         self._check(Arguments(x, h0, c0, weights, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c))
         dtype, D = x.dtype, 2 if bidirectional else 1
         ways = _directions(weights, D, dtype)
         G, H, P = self.gates, len(ways[0].w_ih) // self.gates, ways[0].w_hh.shape[1]
         rows = _rows(x, batch_sizes, lengths)
         T, B, N = rows.T, rows.B, rows.N
-        y = _empty(x, N, D * P) if rows.packed else _empty(x, T, B, D * P)
-        h_n = _empty(x, D, B, P)
-        c_n = _empty(x, D, B, H) if self.has_cell else x.new_empty(0)
-        gates = _empty(x, D, N, self.tape * H) if save_tape and self.tape else x.new_empty(0)
-        cells = _empty(x, D, N, H) if (save_tape or save_cells) and self.has_cell else x.new_empty(0)
+        y = empty(x, N, D * P) if rows.packed else empty(x, T, B, D * P)
+        h_n = empty(x, D, B, P)
+        c_n = empty(x, D, B, H) if self.has_cell else x.new_empty(0)
+        gates = empty(x, D, N, self.tape * H) if save_tape and self.tape else x.new_empty(0)
+        cells = empty(x, D, N, H) if (save_tape or save_cells) and self.has_cell else x.new_empty(0)
         outputs = (y, h_n, c_n, gates, cells)
         if B == 0:
             return outputs
@@ -243,7 +229,6 @@ class Recurrent:
         from_h: list[Any] = [None] * D
         if alone and h0 is not None:
             from_h = [linear(h0[d], w.w_hh) for d, w in enumerate(ways)]
-        # No step that starts from zeros has one.
         w_hh = [None if alone else packed_transposed(w.w_hh, G) for w in ways]
         w_hr = [None if w.w_hr is None else packed_transposed(w.w_hr, 1) for w in ways]
         no_bias = x.new_zeros(G * H) if ways[0].b_hh is None else None
@@ -256,8 +241,8 @@ class Recurrent:
             D * 2 * B * P,
             D * B * H * self.has_cell,
             D * B * H * projected,
-            members * rows_at_once * G * panels_at_once(G) * panel(dtype),
-            members * rows_at_once * _in_panels(P, dtype) * projected,
+            members * rows_at_once * G * panels_at_once(G) * panel_of(dtype),
+            members * rows_at_once * in_panels(P, dtype) * projected,
         )
         call = Forward(
             T, B, D, H, P, N, members, int(rows.packed), rows.before, rows.order, _laid_out(reset), reset_h,
@@ -267,6 +252,7 @@ class Recurrent:
         team.run_team(self._forward, dtype, call, members)
         return outputs
 
+    @_as_given
     def backward(
         self,
         dy: Tensor | None,
@@ -289,16 +275,6 @@ class Recurrent:
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
         """See `fastseq.ops.recurrent`."""
-        with torch.autocast("cpu", enabled=False):  # the dtypes are what to compute in
-            return self._gradients(
-                dy, dh_n, dc_n, dcells, x, h0, c0, weights, bidirectional, batch_sizes, lengths, reset, reset_h,
-                reset_c, y, gates, cells, needs,
-            )  # fmt: skip
-
-    def _gradients(
-        self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c,
-        y, gates, cells, needs,
-    ):  # fmt: skip
         self._check(Arguments(x, h0, c0, weights, bidirectional, batch_sizes, lengths, reset, reset_h, reset_c))
         dtype, D = x.dtype, 2 if bidirectional else 1
         ways = _directions(weights, D, dtype)
@@ -315,11 +291,7 @@ class Recurrent:
             ("gates", gates if self.tape else None, (D, rows.N, self.tape * H)),
             ("cells", cells if self.has_cell else None, (D, rows.N, H)),
         ):
-            if t is not None and (t.shape != shape or t.dtype != dtype or not t.is_cpu):
-                raise ValueError(
-                    f"{self.op.name}: {name} must be {dtype} {list(shape)} on the CPU, got {t.dtype} {list(t.shape)} on"
-                    f" {t.device}"
-                )
+            expect(self.op.name, name, t, shape, dtype)
         running = len(rows.x)
         projected = P != H
         state_wanted, reset_wanted = needs[1] or needs[2], (needs[3] or needs[4]) and reset is not None
@@ -335,14 +307,14 @@ class Recurrent:
         if dy.stride(-1) != 1 and dy.shape[-1] > 1:
             dy = dy.contiguous()
 
-        dx = [_empty(x, running, G * H) for _ in ways]
-        du = [_empty(x, running, G * H) for _ in ways] if self.splits_u else dx
+        dx = [empty(x, running, G * H) for _ in ways]
+        du = [empty(x, running, G * H) for _ in ways] if self.splits_u else dx
         plain = rows.before is None and reset is None and not rows.packed
-        h_before = None if plain or not any(n[1] for n in needs_of) else _empty(x, D, running, P)
-        dh = _empty(x, D, B, _in_panels(P, dtype))
-        dc = _empty(x, D, B, H * self.has_cell)
-        dp, unprojected = (_empty(x, D, running, width * projected) for width in (P, H))
-        draw = _empty(x, D, B, _in_panels(H, dtype) * projected)
+        h_before = None if plain or not any(n[1] for n in needs_of) else empty(x, D, running, P)
+        dh = empty(x, D, B, in_panels(P, dtype))
+        dc = empty(x, D, B, H * self.has_cell)
+        dp, unprojected = (empty(x, D, running, width * projected) for width in (P, H))
+        draw = empty(x, D, B, in_panels(H, dtype) * projected)
         dreset_h = x.new_zeros((D, B, P) if reset_wanted else 0)
         dreset_c = x.new_zeros((D, B, H) if reset_wanted and self.has_cell else 0)
         # What reaches h0 in a single step is torch's product: W_hh is not worth packing.
@@ -368,15 +340,14 @@ class Recurrent:
                 dx_rows = mine if dx_rows is None else dx_rows.add_(mine)
         dweights: list[Tensor] = []
         for d, (w, need) in enumerate(zip(ways, needs_of, strict=True)):
-            w_needs = [*need, False, False] if w.b_ih is None else need
             found: list[Tensor] = [x.new_empty(0) for _ in range(per_way)]
             if need[0]:
                 found[0] = _outer(dx[d], rows.x)
             if need[1]:
                 found[1] = self._dw_hh(du[d], d, h0, y, h_before, T, B, P)
-            if w.b_ih is not None and w_needs[2]:
+            if w.b_ih is not None and need[2]:
                 found[2] = dx[d].sum(0)
-            if w.b_hh is not None and w_needs[3]:
+            if w.b_hh is not None and need[3]:
                 found[3] = du[d].sum(0)
             if projected and need[-1]:
                 found[-1] = _outer(dp[d], unprojected[d])
@@ -424,6 +395,5 @@ def _pair(of_ways: list[Any]) -> tuple[Any, Any]:
 
 def _by_row(by_rank: Tensor, order: Tensor | None) -> Tensor:
     """States [D, B, width] of each rank as those of each row."""
-    return (
-        by_rank.contiguous() if order is None else torch.empty_like(by_rank.contiguous()).index_copy_(1, order, by_rank)
-    )
+    by_rank = by_rank.contiguous()
+    return by_rank if order is None else torch.empty_like(by_rank).index_copy_(1, order, by_rank)

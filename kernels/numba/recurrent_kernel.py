@@ -162,8 +162,8 @@ PACK = Kernel("pack", _pack, Pack)
 # How many of each thing a cell has are tuples of vectors, which numba has to see as such.
 
 
-def _tuples(count: int) -> tuple[Any, Any]:
-    """Jitted functions that load and store so many vectors, `gap` elements apart, as a tuple."""
+def _tuples(count: int) -> tuple[Any, Any, Any]:
+    """Jitted functions that load so many vectors, `gap` elements apart, as a tuple, store them, and add two tuples."""
     if count <= 1:
 
         @jit
@@ -174,32 +174,27 @@ def _tuples(count: int) -> tuple[Any, Any]:
         def write(base, i, gap, values, n):
             store(base, i, values[0], n)
 
-    elif count == 3:
-
         @jit
-        def read(base, i, gap, n):
-            return load(base, i, n), load(base, i + gap, n), load(base, i + 2 * gap, n)
-
-        @jit
-        def write(base, i, gap, values, n):
-            store(base, i, values[0], n)
-            store(base, i + gap, values[1], n)
-            store(base, i + 2 * gap, values[2], n)
+        def plus(a, b):
+            return (a[0] + b[0],)
 
     else:
+        read_rest, write_rest, plus_rest = _tuples(count - 1)
 
         @jit
         def read(base, i, gap, n):
-            return load(base, i, n), load(base, i + gap, n), load(base, i + 2 * gap, n), load(base, i + 3 * gap, n)
+            return (load(base, i, n), *read_rest(base, i + gap, gap, n))
 
         @jit
         def write(base, i, gap, values, n):
             store(base, i, values[0], n)
-            store(base, i + gap, values[1], n)
-            store(base, i + 2 * gap, values[2], n)
-            store(base, i + 3 * gap, values[3], n)
+            write_rest(base, i + gap, gap, values[1:], n)
 
-    return read, write
+        @jit
+        def plus(a, b):
+            return (a[0] + b[0], *plus_rest(a[1:], b[1:]))
+
+    return read, write, plus
 
 
 # Steps and rows.
@@ -287,6 +282,14 @@ def _rectangle(rows, member, count):
 
 
 @jit
+def _turn(call, d, s, member, count):
+    """The step t that is a direction's s-th, and a member's rectangle of it."""
+    t = s if d == 0 else call.T - 1 - s
+    row, row_end, part, parts = _rectangle(_active(call, t), member, count)
+    return t, row, row_end, part, parts
+
+
+@jit
 def _in_step(call, count):
     """Whether members wait for each other at every step: unless each has rows of its own for the whole sequence."""
     return count > 1 and (not is_null(call.before) or _ROWS_PER_MEMBER * count > call.B)
@@ -304,8 +307,8 @@ def panels_at_once(gates: int) -> int:
 
 def forward_kernel(name: str, step: Any, gates: int, tape: int, has_cell: bool, keeps_h: bool) -> Kernel[Forward]:
     units = panels_at_once(gates)
-    read, _ = _tuples(gates)
-    _, write_tape = _tuples(tape)
+    read, _, plus = _tuples(gates)
+    _, write_tape, _ = _tuples(tape)
 
     @jit
     def begin_rows(call, d, member, count):
@@ -384,8 +387,6 @@ def forward_kernel(name: str, step: Any, gates: int, tape: int, has_cell: bool, 
                     store(call.unprojected, (d * call.B + b) * call.H + u, h, n)
                 else:
                     put(call, d, s, t, b, last, anew, u, h, n)
-
-    plus = _plus(gates)
 
     @jit
     def advance(call, d, s, t, row, row_end, part, parts, sums):
@@ -467,8 +468,7 @@ def forward_kernel(name: str, step: Any, gates: int, tape: int, has_cell: bool, 
         wide = at(call.wide, rank * min(call.B, MOST_ROWS) * _panels(call.P, call.y) * 2 * lanes(call.y))
         for s in range(call.T):
             for d in range(d_begin, d_end):
-                t = s if d == 0 else call.T - 1 - s
-                row, row_end, part, parts = _rectangle(_active(call, t), member, count)
+                t, row, row_end, part, parts = _turn(call, d, s, member, count)
                 advance(call, d, s, t, row, row_end, part, parts, sums)
                 if call.P != call.H:
                     if in_step:
@@ -483,20 +483,11 @@ def forward_kernel(name: str, step: Any, gates: int, tape: int, has_cell: bool, 
     return Kernel(f"{name} forward", body, Forward)
 
 
-def _plus(count: int) -> Any:
-    """A jitted function that adds two tuples of so many vectors."""
-    if count == 1:
-        return jit(lambda a, b: (a[0] + b[0],))
-    if count == 3:
-        return jit(lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2]))
-    return jit(lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]))
-
-
 def backward_kernel(
     name: str, step_back: Any, gates: int, tape: int, has_cell: bool, keeps_h: bool, splits_u: bool
 ) -> Kernel[Backward]:
-    read_tape, _ = _tuples(tape)
-    _, write = _tuples(gates)
+    read_tape, _, _ = _tuples(tape)
+    _, write, _ = _tuples(gates)
 
     @jit
     def begin_rows(call, d, member, count):
@@ -658,26 +649,22 @@ def backward_kernel(
             s = call.T - 1 - back
             if call.P != call.H:
                 for d in range(d_begin, d_end):
-                    t = s if d == 0 else call.T - 1 - s
-                    row, row_end, part, parts = _rectangle(_active(call, t), member, count)
+                    t, row, row_end, part, parts = _turn(call, d, s, member, count)
                     gather_dh(call, d, t, row, row_end, part, parts)
                 if in_step:
                     barrier(call.team, rank, first, count)
                 for d in range(d_begin, d_end):
-                    t = s if d == 0 else call.T - 1 - s
-                    row, row_end, part, parts = _rectangle(_active(call, t), member, count)
+                    t, row, row_end, part, parts = _turn(call, d, s, member, count)
                     unproject(call, d, t, row, row_end, part, parts)
             for d in range(d_begin, d_end):
-                t = s if d == 0 else call.T - 1 - s
-                row, row_end, part, parts = _rectangle(_active(call, t), member, count)
+                t, row, row_end, part, parts = _turn(call, d, s, member, count)
                 gates_back(call, d, t, row, row_end, part, parts)
             if in_step:
                 barrier(call.team, rank, first, count)
             if s == 0 and call.state_wanted == 0:
                 break
             for d in range(d_begin, d_end):
-                t = s if d == 0 else call.T - 1 - s
-                row, row_end, part, parts = _rectangle(_active(call, t), member, count)
+                t, row, row_end, part, parts = _turn(call, d, s, member, count)
                 state_back(call, d, t, row, row_end, part, parts)
             if in_step and not is_null(call.before):
                 barrier(call.team, rank, first, count)  # the next step's rows are somebody else's

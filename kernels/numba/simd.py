@@ -137,17 +137,6 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def pointer(typing_context, address, element):
-    """A pointer to elements of a type, such as types.float32, from an integer."""
-    kind = types.CPointer(element.dtype if isinstance(element, types.NumberClass) else element.instance_type)
-
-    def build(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(kind))
-
-    return kind(types.int64, element), build
-
-
-@intrinsic
 def at(typing_context, base, offset):
     """The pointer so many elements further."""
 
@@ -325,41 +314,32 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def smaller(a, b):
-    """Of each lane the smaller; b where one is NaN."""
-
-
 def larger(a, b):
     """Of each lane the larger; b where one is NaN."""
 
 
-_operator(smaller, _smaller)
 _operator(larger, _larger)
 
 
-@intrinsic
-def where_less(typing_context, a, b, yes, no):
-    """yes where a < b, else no."""
+def _where(relation: str) -> Any:
+    """An intrinsic of two vectors and two to choose from: the third where the first two so relate, else the fourth."""
 
-    def build(context, builder, signature, arguments):
-        a, b, yes, no = arguments
-        return builder.select(builder.fcmp_ordered("<", a, b), yes, no)
+    @intrinsic
+    def where(typing_context, a, b, yes, no):
+        def build(context, builder, signature, arguments):
+            a, b, yes, no = arguments
+            return builder.select(builder.fcmp_ordered(relation, a, b), yes, no)
 
-    return a(a, a, a, a), build
+        return a(a, a, a, a), build
 
-
-@intrinsic
-def total(typing_context, vector):
-    """The sum of the lanes."""
-
-    def build(context, builder, signature, arguments):
-        return _total(builder, arguments[0])
-
-    return vector.element(vector), build
+    return where
 
 
-def _total(builder: Any, value: Any) -> Any:
-    """Adds halves to halves: a chain of few dependent additions."""
+where_less, where_equal = _where("<"), _where("==")
+
+
+def _folded(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """One lane of all, by halves combined with halves: a chain of few dependent operations."""
     count = value.type.count
     while count > 1:
         count //= 2
@@ -367,8 +347,18 @@ def _total(builder: Any, value: Any) -> Any:
             builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, count), list(range(at, at + count))))
             for at in (0, count)
         ]
-        value = builder.fadd(*halves, flags=_FLAGS)
+        value = combine(*halves)
     return builder.extract_element(value, I32(0))
+
+
+@intrinsic
+def total(typing_context, vector):
+    """The sum of the lanes."""
+
+    def build(context, builder, signature, arguments):
+        return _folded(builder, arguments[0], lambda a, b: builder.fadd(a, b, flags=_FLAGS))
+
+    return vector.element(vector), build
 
 
 @intrinsic
@@ -376,18 +366,7 @@ def largest(typing_context, vector):
     """The largest lane."""
 
     def build(context, builder, signature, arguments):
-        value = arguments[0]
-        count = value.type.count
-        while count > 1:
-            count //= 2
-            halves = [
-                builder.shuffle_vector(
-                    value, value, ir.Constant(ir.VectorType(I32, count), list(range(at, at + count)))
-                )
-                for at in (0, count)
-            ]
-            value = _larger(builder, *halves)
-        return builder.extract_element(value, I32(0))
+        return _folded(builder, arguments[0], lambda a, b: _larger(builder, a, b))
 
     return vector.element(vector), build
 
@@ -726,17 +705,6 @@ def _depth(typing_context, base):
 
 
 # What attention needs besides.
-
-
-@intrinsic
-def where_equal(typing_context, a, b, yes, no):
-    """yes where a == b, else no."""
-
-    def build(context, builder, signature, arguments):
-        a, b, yes, no = arguments
-        return builder.select(builder.fcmp_ordered("==", a, b), yes, no)
-
-    return a(a, a, a, a), build
 
 
 @intrinsic
