@@ -129,6 +129,8 @@ class ServedRecurrent(Served):
         rule = self.table.rule_for_torch(x.device.type, x.dtype)
         if rule is None or not is_plain(x, h0, c0, *weights) or torch._C._is_any_autocast_enabled():
             return False
+        if any(w is None for w in weights):  # of which torch has something to say
+            return False
         return rule(*arguments) is not None
 
     def _dtypes(self, x: Tensor, low: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:

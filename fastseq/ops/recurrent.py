@@ -187,7 +187,7 @@ PROJECTION_CASES = [
 ]
 
 # Multiply-adds below which a few steps are torch's where there are numba's kernels only.
-_LEAST_WORK = 5 << 18
+_LEAST_WORK = 1_200_000
 
 
 class Recurrent:
@@ -270,7 +270,7 @@ class Recurrent:
             not is_plain(x, h0, c0, lengths, reset, reset_h, reset_c, *weights)
             or torch._C._is_any_autocast_enabled()
             or x.dtype not in FLOATS
-            or weights[0] is None
+            or any(w is None for w in weights)
             or weights[0].dtype != x.dtype
         ):
             return None
