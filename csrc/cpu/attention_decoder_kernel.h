@@ -5,9 +5,10 @@
 // every member does some columns of each product and some rows of the rest, and they wait for each other in between.
 #pragma once
 #include "cpu/attention_decoder.h"
-#include "cpu/gru_kernel.h"
-#include "cpu/lstm_kernel.h"
-#include "cpu/rnn_kernel.h"
+#include "cpu/recurrent_kernel.h"
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
 
 namespace fastseq::FASTSEQ_ISA {
 

@@ -4,20 +4,11 @@
 // batch where there are enough of them (then nobody waits for anybody), else blocks of units (one barrier a step, since
 // every unit needs all of h_{t-1}). Two directions are two independent chains, each with half of the team. Where rows
 // end at different steps, the rectangles are cut anew at every step from the rows that still run.
-//
-// A cell is a struct like Lstm in lstm_kernel.h:
-//   kGates       gates in W_ih and W_hh
-//   kSlots       pre-activations of a unit; W_ih gives the first kGates of them, W_hh adds to the last kGates
-//   kFirstGate   the gate in slot 0 and in column 0 of da, the others following in torch's order and round
-//   kUnitPanels  panels of units in a block, so that a block's slots fill about 64 columns
-//   kTape        gates on the tape
-//   kHasCell     whether there is c beside h
-//   kKeepsH      whether h_{t-1} goes into h_t past W_hh, and dh_t into dh_{t-1}
-//   step(...)    one step of a vector of units; step_back(...) its gradient
 #pragma once
 #include "cpu/gemm.h"
 #include "cpu/pass.h"
 #include "cpu/recurrent.h"
+#include "cells/back.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
@@ -143,13 +134,6 @@ FASTSEQ_INLINE void copy_or_zero(T* to, const T* from, int64_t count) {
   else
     memset(to, 0, count * sizeof(T));
 }
-
-// What a cell's step_back gets: gradients of h_t and c_t, h or c at t and before. It leaves dh and dc for what of them
-// goes on to t-1 past W_hh, and in h, if there is a cell, o * tanh(c).
-template <typename T>
-struct Back {
-  Vec<T> dh, dc, h, h_before, c, c_before;
-};
 
 template <typename Cell, typename T>
 struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {

@@ -5,10 +5,11 @@
 #include "cpu/causal_conv1d_kernel.h"
 #include "cpu/conv_pool_kernel.h"
 #include "cpu/cross_entropy_kernel.h"
-#include "cpu/gru_kernel.h"
-#include "cpu/lstm_kernel.h"
 #include "cpu/norm_kernel.h"
-#include "cpu/rnn_kernel.h"
+#include "cpu/recurrent_kernel.h"
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
 
 namespace fastseq::FASTSEQ_ISA {
 

@@ -1,6 +1,6 @@
 // The LSTM's cell. Formulas: fastseq/reference/lstm.py.
 #pragma once
-#include "cpu/recurrent_kernel.h"
+#include "cells/back.h"
 
 namespace fastseq::FASTSEQ_ISA {
 

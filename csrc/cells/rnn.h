@@ -1,6 +1,6 @@
 // The cells of Elman's RNN, with tanh and with ReLU. Formulas: fastseq/reference/rnn_tanh.py and rnn_relu.py.
 #pragma once
-#include "cpu/recurrent_kernel.h"
+#include "cells/back.h"
 
 namespace fastseq::FASTSEQ_ISA {
 

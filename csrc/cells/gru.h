@@ -1,6 +1,6 @@
 // The GRU's cell. Formulas: fastseq/reference/gru.py.
 #pragma once
-#include "cpu/recurrent_kernel.h"
+#include "cells/back.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
