@@ -67,6 +67,8 @@ class WarpProduct {
   static constexpr int kHeld = register_chunks(kColumns), kBatch = batch_chunks(kColumns, kMath);
   static constexpr int kStride = partial_stride(kColumns);
   static_assert(kHeld % kBatch == 0);
+  // A product takes four times as long to come out as to go in: so many sums are on their way at once.
+  static constexpr int kSums = kColumns == 1 ? 4 : kColumns <= 3 ? 2 : 1;
 
   // `vector_at(n)` points at the n-th weight vector, null for zeros; all have `bytes` bytes. `rest`: shared memory.
   template <typename VectorAt>
@@ -91,7 +93,7 @@ class WarpProduct {
 
   // Multiplies the vectors of rows g and g+8, as lanes 4g to 4g+3 say, and leaves the sums in `partial`.
   FASTSEQ_DEVICE void multiply(const Source (&rows)[2], Wait& wait, float* partial) const {
-    float sums[kColumns][4] = {};
+    float sums[kSums][kColumns][4] = {};
     Quad now[kBatch][2], next[kBatch][2];
     probe(rows, wait);
     read(rows, 0, now);
@@ -101,7 +103,7 @@ class WarpProduct {
         if (c + kBatch < chunks_) read(rows, c + kBatch, next);
         settle(rows, c, now, wait);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) add(sums, now[i], held_[c + i]);
+        for (int i = 0; i < kBatch; ++i) add(sums, i, now[i], held_[c + i]);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) now[i][0] = next[i][0], now[i][1] = next[i][1];
       }
@@ -115,7 +117,7 @@ class WarpProduct {
         Quad weights[kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) weights[j] = rest_[place_in_rest(c + i, j)];
-        add(sums, now[i], weights);
+        add(sums, i, now[i], weights);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) now[i][0] = next[i][0], now[i][1] = next[i][1];
@@ -127,7 +129,7 @@ class WarpProduct {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* const to = own + (g + 8 * half) * kStride + 8 * j;
-        to[0] = sums[j][2 * half], to[1] = sums[j][2 * half + 1];
+        to[0] = sum_of(sums, j, 2 * half), to[1] = sum_of(sums, j, 2 * half + 1);
       }
     }
   }
@@ -191,9 +193,9 @@ class WarpProduct {
     wait.ends();
   }
 
-  // sums += the products of one chunk. Which K a word stands for is the same for both operands, and else no matter.
-  FASTSEQ_DEVICE static void add(float (&sums)[kColumns][4], const Quad (&rows)[2], const Quad (&weights)[kColumns]) {
-    using Scalar = typename Numbers<kMath>::Scalar;
+  // sums += the products of chunk i. Which K a word stands for is the same for both operands, and else no matter.
+  FASTSEQ_DEVICE static void add(float (&sums)[kSums][kColumns][4], int i, const Quad (&rows)[2],
+                                 const Quad (&weights)[kColumns]) {
     Quad low = rows[0], high = rows[1];
     if constexpr (kMath == kExact) {
       Quad low_rest, high_rest;
@@ -202,23 +204,30 @@ class WarpProduct {
       for (int j = 0; j < kColumns; ++j) {
         Quad w = weights[j], w_rest;
         split(w, w_rest);
-        add_words<Scalar>(sums[j], low_rest, high_rest, w);
-        add_words<Scalar>(sums[j], low, high, w_rest);
-        add_words<Scalar>(sums[j], low, high, w);
+        add_words(sums, i, j, low_rest, high_rest, w);
+        add_words(sums, i, j, low, high, w_rest);
+        add_words(sums, i, j, low, high, w);
       }
     } else {
       if constexpr (kMath == kTf32) round(low), round(high);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) add_words<Scalar>(sums[j], low, high, weights[j]);
+      for (int j = 0; j < kColumns; ++j) add_words(sums, i, j, low, high, weights[j]);
     }
   }
 
-  template <typename Scalar>
-  FASTSEQ_DEVICE static void add_words(float (&sums)[4], const Quad& low, const Quad& high, const Quad& w) {
+  FASTSEQ_DEVICE static void add_words(float (&sums)[kSums][kColumns][4], int i, int j, const Quad& low,
+                                       const Quad& high, const Quad& w) {
 #pragma unroll
-    for (int k = 0; k < 4; k += 2)
-      gpu::multiply(Scalar{}, sums, low.word[k], high.word[k], low.word[k + 1], high.word[k + 1], w.word[k],
-                    w.word[k + 1]);
+    for (int k = 0; k < 2; ++k)
+      gpu::multiply(typename Numbers<kMath>::Scalar{}, sums[(2 * i + k) % kSums][j], low.word[2 * k], high.word[2 * k],
+                    low.word[2 * k + 1], high.word[2 * k + 1], w.word[2 * k], w.word[2 * k + 1]);
+  }
+
+  FASTSEQ_DEVICE static float sum_of(const float (&sums)[kSums][kColumns][4], int j, int k) {
+    float sum = sums[0][j][k];
+#pragma unroll
+    for (int i = 1; i < kSums; ++i) sum += sums[i][j][k];
+    return sum;
   }
 
   // float32 as the sum of two TF32, within 2^-22 of it.
@@ -289,8 +298,12 @@ FASTSEQ_DEVICE void put(void* p, int64_t place, float value) {
   from_float(value, static_cast<Scalar*>(p)[place]);
 }
 template <typename Scalar>
+FASTSEQ_DEVICE Scalar scalar(const void* p, int64_t place) {
+  return static_cast<const Scalar*>(p)[place];
+}
+template <typename Scalar>
 FASTSEQ_DEVICE float get(const void* p, int64_t place) {
-  return to_float(static_cast<const Scalar*>(p)[place]);
+  return to_float(scalar<Scalar>(p, place));
 }
 template <typename Scalar>
 FASTSEQ_DEVICE const unsigned char* bytes_at(const void* p, int64_t place) {
@@ -345,10 +358,11 @@ forward_steps(ForwardSteps p) {
     return {bytes_at<Scalar>(p.exchange, (place.at(earlier, row) * p.D + d) * E), true};
   };
 
-  // What is read for a step while the one before it is made.
+  // What is read for a step while the one before it is made. It is converted when it is used: nothing waits for it
+  // here.
   struct Ahead {
     Source rows[2];
-    float x[kOwned][G];
+    Scalar x[kOwned][G];
     bool runs[kOwned], is_anew[kOwned];
   };
   const auto look_ahead = [&](int item, Ahead& to) {
@@ -364,9 +378,9 @@ forward_steps(ForwardSteps p) {
       to.is_anew[i] = to.runs[i] && earlier >= 0 && earlier < length && place.is_reset(t + d, row);
 #pragma unroll
       for (int k = 0; k < G; ++k) {
-        to.x[i][k] = 0;
+        to.x[i][k] = Scalar{};
         if (to.runs[i] && has_unit)
-          to.x[i][k] = get<Scalar>(p.pre, (int64_t(d) * p.N + place.at(t, row)) * p.pre_width + k * H + unit);
+          to.x[i][k] = scalar<Scalar>(p.pre, (int64_t(d) * p.N + place.at(t, row)) * p.pre_width + k * H + unit);
       }
     }
   };
@@ -395,7 +409,7 @@ forward_steps(ForwardSteps p) {
         own = p.reset_carry && has_unit ? get<Scalar>(p.reset_carry, place.state(row) * H + unit) : 0.0f;
       const auto slot = [&](int k) {
         float sum = 0;
-        if (k < G) sum += now.x[i][(k + Cell::kFirstGate) % G];
+        if (k < G) sum += to_float(now.x[i][(k + Cell::kFirstGate) % G]);
         if (k >= kFirstOfH) sum += from_h[k - kFirstOfH];
         return sum;
       };
@@ -475,7 +489,7 @@ backward_steps(BackwardSteps p) {
 
   struct Ahead {
     Source rows[2];
-    float dy[kOwned], dcells[kOwned], before[kOwned], after[kOwned], tape[kOwned][kTape > 0 ? kTape : 1];
+    Scalar dy[kOwned], dcells[kOwned], before[kOwned], after[kOwned], tape[kOwned][kTape > 0 ? kTape : 1];
     bool runs[kOwned], is_anew[kOwned];
   };
   const auto look_ahead = [&](int item, Ahead& to) {
@@ -492,13 +506,13 @@ backward_steps(BackwardSteps p) {
       const bool reads = to.runs[i] && has_unit;
       const int64_t at = reads ? place.at(t, row) : 0, of_d = (int64_t(d) * p.N + at) * H + unit;
       const int64_t of_y = (at * p.D + d) * H + unit;
-      to.dy[i] = reads && p.dy ? get<Scalar>(p.dy, of_y) : 0.0f;
-      to.dcells[i] = reads && p.dcells ? get<Scalar>(p.dcells, of_d) : 0.0f;
-      to.before[i] = reads && p.before ? get<Scalar>(p.before, of_d) : 0.0f;
-      to.after[i] = reads && p.after ? get<Scalar>(p.after, Cell::kHasCell ? of_d : of_y) : 0.0f;
+      to.dy[i] = reads && p.dy ? scalar<Scalar>(p.dy, of_y) : Scalar{};
+      to.dcells[i] = reads && p.dcells ? scalar<Scalar>(p.dcells, of_d) : Scalar{};
+      to.before[i] = reads && p.before ? scalar<Scalar>(p.before, of_d) : Scalar{};
+      to.after[i] = reads && p.after ? scalar<Scalar>(p.after, Cell::kHasCell ? of_d : of_y) : Scalar{};
 #pragma unroll
       for (int k = 0; k < kTape; ++k)
-        to.tape[i][k] = reads ? get<Scalar>(p.gates, ((int64_t(d) * p.N + at) * kTape + k) * H + unit) : 0.0f;
+        to.tape[i][k] = reads ? scalar<Scalar>(p.gates, ((int64_t(d) * p.N + at) * kTape + k) * H + unit) : Scalar{};
     }
   };
 
@@ -524,9 +538,10 @@ backward_steps(BackwardSteps p) {
         p.dreset_h[at] += dh, dh = 0;
         if (Cell::kHasCell) p.dreset_c[at] += dc, dc = 0;
       }
-      Back<float> back{dh + now.dy[i], dc + now.dcells[i], now.after[i], now.before[i], now.after[i], now.before[i]};
+      const float before = to_float(now.before[i]), after = to_float(now.after[i]);
+      Back<float> back{dh + to_float(now.dy[i]), dc + to_float(now.dcells[i]), after, before, after, before};
       float da[A];
-      Cell::template step_back<float>([&](int k) { return now.tape[i][k]; }, back,
+      Cell::template step_back<float>([&](int k) { return to_float(now.tape[i][k]); }, back,
                                       [&](int k, float value) { da[k] = value; });
 
       const bool has_place = row < p.B && s >= 0 && (p.starts == nullptr || now.runs[i]);
