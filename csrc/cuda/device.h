@@ -92,7 +92,8 @@ FASTSEQ_DEVICE uint32_t to_tf32(uint32_t word) {
 
 // sums += a b^T by one warp. Of an a [16, K], a b [8, K] and sums [16, 8], lane 4g+q holds in a0 to a3 the words at
 // (g, q), (g+8, q), (g, q+4) and (g+8, q+4), in b0 and b1 those at (g, q) and (g, q+4), and in sums (g, 2q), (g, 2q+1),
-// (g+8, 2q) and (g+8, 2q+1). A word is one float32, read as TF32, or two neighbours along K of half precision.
+// (g+8, 2q) and (g+8, 2q+1). A word is one float32, read as TF32, or two neighbours along K of half precision, the
+// first in its lower half.
 FASTSEQ_DEVICE void multiply(float, float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                              uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
