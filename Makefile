@@ -9,9 +9,9 @@ NO_EXT  := $(filter-out 0,$(FASTSEQ_NO_EXT))
 REQUIRE := $(if $(NO_EXT),numba,cpp,numba)
 DONE    := $(VENV)/.installed$(if $(NO_EXT),-no-ext)
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test lint bench bench-smoke gpu-aot gpu-check clean
+.PHONY: demo test lint bench bench-smoke gpu-aot cuda-check gpu-check clean
 
 demo: $(DONE)  ## train and run a character-level LSTM, as it is and accelerated
 	$(BIN)/python examples/char_lm.py
@@ -33,6 +33,9 @@ bench-smoke: $(VENV)/.bench
 
 gpu-aot: $(DONE)  ## Triton kernels compiled for GPUs that need not be here, in every configuration: 5 minutes
 	$(BIN)/python tests/aot.py
+
+cuda-check: $(DONE)  ## CUDA kernels compiled by nvcc for GPUs that need not be here: registers, spills, warnings
+	$(BIN)/python tests/cuda_check.py
 
 # Needs no network: what has to be installed is, or the first Python with torch says what is missing.
 gpu-check:  ## tests and races on an NVIDIA GPU, all files into OUT; DRY=1 without one: whether they could run

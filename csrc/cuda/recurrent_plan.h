@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "cuda/recurrent.h"
 
@@ -53,5 +54,44 @@ constexpr int64_t weight_bytes(int columns, int64_t K) {
 
 // Two float32 a unit and row, for what a unit carries from step to step.
 constexpr int64_t carry_bytes(int choice, int row_tiles) { return int64_t(row_tiles) * kTileRows * (8 << choice) * 8; }
+
+// The estimated time of a step in ns. Its rates are estimates from an H100's data sheet, at about half of the peaks,
+// not measurements. What they have to get right is the order of the candidates.
+inline double step_time(const StepProduct& of, const Plan& p) {
+  constexpr double kExchange = 700;                   // from a store until all blocks have read it through L2
+  constexpr double kTile = 200;                       // what a tile takes at any size: a barrier of the block, the cell
+  constexpr double kL2OfBlock = 60, kL2OfAll = 5000;  // bytes/ns
+  constexpr double kShared = 128 * 1.7;               // bytes/ns: 128 a clock
+  constexpr double kProducts = 2 * 640 * 1.7;         // bytes of K multiplied and added/ns; as many for any dtype
+
+  const int columns = column_tiles(of.stack, p.choice);
+  const double vectors = double(std::min(of.B, kTileRows)) * of.K;
+  const double product =
+      std::max({vectors / kL2OfBlock, vectors * p.blocks(of.D) / kL2OfAll,
+                double(kTileRows) * columns * 8 * of.K / kProducts, weight_bytes(columns, of.K) / kShared});
+  const double reduction = partial_bytes(columns) / kShared;  // one of the two buffers, written and read
+  const double tile = product + reduction + kTile;
+  return std::max(p.row_tiles * tile, kExchange + tile);  // other tiles of the block are made during an exchange
+}
+
+// The plan whose estimated time is least, or nothing where none fits: blocks that wait for each other must all be
+// resident, one on a multiprocessor, and each has `shared` bytes of shared memory at most.
+inline std::optional<Plan> plan(const StepProduct& of, int multiprocessors, int shared) {
+  std::optional<Plan> best;
+  const int64_t batch_tiles = tiles(of.B, kTileRows);
+  for (int choice = 0; choice < kUnitChoices; ++choice) {
+    const int columns = column_tiles(of.stack, choice);
+    const int64_t unit_tiles = tiles(of.units, 8 << choice);
+    for (int64_t groups = 1; groups <= batch_tiles && groups * unit_tiles * of.D <= multiprocessors; ++groups) {
+      const int64_t row_tiles = tiles(batch_tiles, groups);
+      if (tiles(batch_tiles, row_tiles) != groups) continue;  // fewer groups have as few tiles each
+      const int64_t bytes = partial_bytes(columns) + carry_bytes(choice, int(row_tiles)) + weight_bytes(columns, of.K);
+      if (bytes > shared) continue;
+      const Plan found{choice, int(unit_tiles), int(groups), int(row_tiles), int(bytes)};
+      if (!best || step_time(of, found) < step_time(of, *best)) best = found;
+    }
+  }
+  return best;
+}
 
 }  // namespace fastseq::gpu
