@@ -23,8 +23,9 @@ CAPABILITIES = (80, 90, 100)
 FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v")
 MOST_REGISTERS = 255
 MATHS = ("bfloat16", "float16", "tf32", "exact")  # Math in csrc/cuda/recurrent.h
-# Bytes of a thread's memory that kernels may use, by what matches their names; the reason stands beside each.
-SPILLS: dict[str, int] = {}
+# Bytes of a thread's memory that kernels may use, by what matches their names: those with the most weights in registers
+# put addresses of what they read ahead there, a dozen loads among the thousands of instructions of a step.
+SPILLS = {"steps<.*, (tf32|exact), ": 96, "backward_steps<.*, b?float16, 2>": 48}
 
 
 class CompileError(Exception):

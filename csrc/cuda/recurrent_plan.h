@@ -35,7 +35,7 @@ constexpr int register_chunks(int columns) { return columns == 1 ? 16 : columns 
 // How many chunks of the vectors that they multiply a warp reads at once.
 constexpr int batch_chunks(int columns, Math math) {
   if (math == kExact) return columns <= 2 ? 2 : 1;
-  return columns <= 2 ? 4 : columns <= (math == kTf32 ? 4 : 8) ? 2 : 1;
+  return columns <= 2 ? 4 : columns <= (math == kTf32 ? 2 : 8) ? 2 : 1;
 }
 
 // How many chunks along K a warp has.
