@@ -20,40 +20,18 @@ from statistics import median
 from typing import Any
 
 import torch
-from peers import FASTSEQ, SEED, AbsentError, Call, Job, Peer, exact, served_by
+from peers import FASTSEQ, SEED, AbsentError, Job, Peer, exact, served_by
 from roofline import Roofline
 
 import fastseq
+from fastseq.bench import MODES as MODES  # for the benches
+from fastseq.bench import Contestant, Effort, assert_close, clock, warm_up
 
-MODES = ("inference", "training")
-
-# Long enough for the clock, and for the caches to hold the caller's own data.
-ROUND_S = 2e-3
-WARM_UP_CALLS = 3
-WARM_UP_S = 0.05
 # What the threads of a peer that was dropped need to end.
 SETTLE_S = 0.05
 
-# Sums of up to T*B terms in another order than the exact ones: relative to the largest element of a tensor.
-RTOL, ATOL = 1e-4, 2e-5
 # Between root mean squares of two draws of so many elements; of fewer, they are further apart.
 RANDOM_RTOL, RANDOM_COUNT = 0.02, 100_000
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much time each peer gets for a case, and the limits to its rounds."""
-
-    seconds: float
-    least_rounds: int
-    most_rounds: int
-
-    def plan(self, contestants: Sequence["Contestant"]) -> tuple[int, int]:
-        """How many rounds to run with these contestants, and how many calls each makes in a round."""
-        loops = math.ceil(ROUND_S / min(c.seconds for c in contestants))
-        fitting = int(self.seconds * len(contestants) / (loops * sum(c.seconds for c in contestants)))
-        return min(max(fitting, self.least_rounds), self.most_rounds), loops
-
 
 FULL = Effort(seconds=1.5, least_rounds=5, most_rounds=300)
 SMOKE = Effort(seconds=0, least_rounds=1, most_rounds=1)
@@ -80,22 +58,6 @@ class Outcome:
     @property
     def roofline_fraction(self) -> float | None:
         return None if self.floor is None else self.floor / self.seconds[FASTSEQ.name]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A call that was found right and is warm, and about how many seconds it takes."""
-
-    call: Call
-    seconds: float
-
-
-def clock(call: Call, loops: int) -> float:
-    """Runs a round of so many calls and returns its seconds a call."""
-    start = time.perf_counter()
-    for _ in range(loops):
-        call()
-    return (time.perf_counter() - start) / loops
 
 
 def race(
@@ -201,16 +163,7 @@ def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
         for name, result, want in zip(task.names, call(), expected, strict=True):
             got = task.aligned(torch.as_tensor(result)).to(want.dtype)
             compare(got, want, f"{peer.name}: {name} is wrong.")
-    tries = [clock(call, 1) for _ in range(WARM_UP_CALLS)]
-    warm_until = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < warm_until:
-        tries.append(clock(call, 1))
-    return Contestant(call, min(tries))
-
-
-def assert_close(got: torch.Tensor, want: torch.Tensor, message: str, tolerance: float = 1.0) -> None:
-    atol = tolerance * ATOL * max(1.0, want.abs().max().item())
-    torch.testing.assert_close(got, want, rtol=tolerance * RTOL, atol=atol, msg=lambda text: f"{message} {text}")
+    return warm_up(call)
 
 
 def assert_same_size(got: torch.Tensor, want: torch.Tensor, message: str) -> None:

@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
-_SECONDS = 0.3  # for each measurement
+from fastseq.bench import Effort, device_of, take_turns
+
+_EFFORT = Effort(seconds=0.3)  # for each layer as torch's, and as it is
 
 
 def timed(
@@ -38,17 +41,8 @@ def timed(
     found = {}
     for name, (args, kwargs) in inputs.items():
         twin = torchs(copy.deepcopy(layers[name]))
-        before, after = (_milliseconds(module, args, kwargs) for module in (twin, layers[name]))
-        found[name] = (before, after)
+        calls = {who: partial(layer, *args, **kwargs) for who, layer in (("torch", twin), ("now", layers[name]))}
+        with torch.no_grad():
+            times = take_turns(calls, _EFFORT, device_of(twin, args))
+        found[name] = (1e3 * median(times["torch"]), 1e3 * median(times["now"]))
     return found
-
-
-def _milliseconds(module: nn.Module, args: Any, kwargs: Any) -> float:
-    with torch.no_grad():
-        module(*args, **kwargs)  # what is done once is not counted
-        timer = Timer(
-            "module(*args, **kwargs)",
-            globals={"module": module, "args": args, "kwargs": kwargs},
-            num_threads=torch.get_num_threads(),
-        )
-        return 1e3 * timer.blocked_autorange(min_run_time=_SECONDS).median

@@ -152,6 +152,45 @@ class _CompiledWhenCalled:
         return getattr(self.op.select(self.device, self.dtype, *self.args), direction)(*args)
 
 
+class _Watched:
+    """A row's kernel, which notes the row's name when it has been called."""
+
+    def __init__(self, impl: Impl, names: set[str]) -> None:
+        self._impl, self._names = impl, names
+        self._kernel: Kernel | None = impl.__dict__.get("kernel")
+
+    def __getattr__(self, direction: str) -> Any:
+        if self._kernel is None:
+            self._kernel = vars(Impl)["kernel"].func(self._impl)  # imported when first used, as ever
+        function = getattr(self._kernel, direction)
+
+        def noted(*args: Any) -> Any:
+            outputs = function(*args)
+            self._names.add(self._impl.name)
+            return outputs
+
+        return noted
+
+    def leave(self) -> None:
+        self._impl.__dict__.pop("kernel")
+        if self._kernel is not None:
+            self._impl.__dict__["kernel"] = self._kernel
+
+
+@contextmanager
+def kernels_called() -> Iterator[set[str]]:
+    """The names of the implementations whose kernels are called within the block, by any thread; not to be nested."""
+    names: set[str] = set()
+    watched = [_Watched(impl, names) for op in OPS.values() for impl in op.impls]
+    for row in watched:
+        row._impl.__dict__["kernel"] = row
+    try:
+        yield names
+    finally:
+        for row in watched:
+            row.leave()
+
+
 class Op:
     """An op's name, its table of implementations and the check that an unverified one has to pass.
 
