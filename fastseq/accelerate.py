@@ -228,7 +228,7 @@ def _served_by(module: Served, more: str = "") -> tuple[str, str]:
     passed_over = [
         f"{impl.name}: {reason}"
         for impl in op.impls[: op.impls.index(chosen)]
-        if (reason := op.reason_against(impl, device, dtype)) is not None
+        if (reason := op.reason_to_pass_over(impl, device, dtype)) is not None
     ]
     reason = module.why_torch()
     if reason is not None:

@@ -286,7 +286,7 @@ def _status(op: Op, impl: Impl, device: str, dtype: str) -> str:
         return "available"
     if device == "cuda" and not torch.cuda.is_available():
         return "no NVIDIA GPU that torch can use"
-    reason = op.reason_against(impl, device, getattr(torch, dtype.removeprefix("torch.")))
+    reason = op.reason_to_pass_over(impl, device, getattr(torch, dtype.removeprefix("torch.")))
     if reason is not None:
         return reason
     arch = selfcheck.architecture(device)

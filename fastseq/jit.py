@@ -13,6 +13,18 @@ import torch
 OLDEST_GPU = (8, 0)
 
 
+def why_no_gpu() -> str | None:
+    """Why kernels for NVIDIA's GPUs cannot run on this machine, or None."""
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA's GPUs, not AMD's"
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU that torch can use"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_GPU:
+        return "it needs a GPU of sm_{}{} or newer, not sm_{}{}".format(*OLDEST_GPU, *capability)
+    return None
+
+
 class CompileError(Exception):
     """A kernel cannot be compiled here. For kernels whose runtime does not say so by an exception of its own."""
 
@@ -83,16 +95,7 @@ class Triton(Runtime):
         )
 
     def _unfit(self) -> str | None:
-        if is_interpreted():
-            return None
-        if torch.version.hip is not None:
-            return "it is written for NVIDIA's GPUs, not AMD's"
-        if not torch.cuda.is_available():
-            return "there is no NVIDIA GPU that torch can use"
-        capability = torch.cuda.get_device_capability()
-        if capability < OLDEST_GPU:
-            return "it needs a GPU of sm_{}{} or newer, not sm_{}{}".format(*OLDEST_GPU, *capability)
-        return None
+        return None if is_interpreted() else why_no_gpu()
 
 
 class Numba(Runtime):

@@ -5,7 +5,7 @@ import os
 from functools import cache
 from typing import Any
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension)
+import torch  # its libraries must be loaded before the extension
 
 
 @cache
@@ -32,6 +32,32 @@ def instruction_set() -> str:
     return "none" if unavailable() else _module().cpu_isa()
 
 
+def emulator() -> str | None:
+    """The library with the CUDA kernels for tensors of the CPU that FASTSEQ_EMULATOR names, or None.
+
+    It is for tests: it runs each thread of the GPU after the other.
+    """
+    return os.environ.get("FASTSEQ_EMULATOR") or None
+
+
+def cuda_ops() -> Any:
+    """The ops of the CUDA kernels: the extension's, or the emulator's."""
+    return torch.ops.fastseq_native if (library := emulator()) is None else _emulated(library)
+
+
+@cache
+def without_cuda(op: str) -> str | None:
+    """Why the extension has no CUDA kernel for this op of its, or None."""
+    if (reason := unavailable()) is not None:
+        return reason
+    try:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+            return None
+    except RuntimeError:  # there is no such op at all
+        pass
+    return "the extension was built without CUDA (no nvcc, or a torch without CUDA, when fastseq was installed)"
+
+
 @cache
 def build() -> str:
     """Tells one build of the extension from another, or is empty without one."""
@@ -39,6 +65,12 @@ def build() -> str:
         return ""
     file = os.stat(_module().__file__)
     return f"{file.st_size}-{file.st_mtime_ns}"
+
+
+@cache
+def _emulated(library: str) -> Any:
+    torch.ops.load_library(library)
+    return torch.ops.fastseq_emulated
 
 
 def _module() -> Any:

@@ -54,13 +54,15 @@ class Impl:
     Attributes:
         name: what users call it ("cpp", "triton", ...).
         target: "fastseq_native::op" for the extension's op and its `op_backward`, else a module with `forward` and
-            `backward`; imported when first used.
+            `backward`, or "module:name" for what has them in a module; imported when first used.
         devices: device types it runs on; empty means all.
         dtypes: dtypes it takes; empty means all floating dtypes.
         needs: called with the op's arguments, returns None or the reason against this call in words.
         yields: likewise, returns None or why torch's own layer is ahead in this call. It is asked where there is such a
             layer to go to, and nobody asks for this implementation by name; arguments may not have been checked.
         verified: architectures on which its whole test suite has passed; elsewhere the first use checks itself.
+        calls: for a module whose kernels are the extension's, in CUDA, one of the ops that it calls.
+        only_by_name: why it serves only where it is asked for by name, or None.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Impl:
     needs: Callable[..., str | None] | None = None
     yields: Callable[..., str | None] | None = None
     verified: frozenset[str] = frozenset()
+    calls: str | None = None
+    only_by_name: str | None = None
 
     @cached_property
     def is_native(self) -> bool:
@@ -88,8 +92,10 @@ class Impl:
             op = self.target.removeprefix("fastseq_native::")
             namespace = torch.ops.fastseq_native
             return _NativeKernel(getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default)
+        module, _, name = self.target.partition(":")
         try:
-            return importlib.import_module(self.target)
+            found: Any = importlib.import_module(module)
+            return getattr(found, name) if name else found
         except Exception as error:
             if self.runtime is None:
                 raise
@@ -99,6 +105,8 @@ class Impl:
         """The reason why this machine cannot run it at all, or None."""
         if self.is_native:
             return native.unavailable() or self._left_out()
+        if self.calls:
+            return None if native.emulator() else native.without_cuda(self.calls) or jit.why_no_gpu()
         return self.runtime.unavailable if self.runtime else None
 
     def _left_out(self) -> str | None:
@@ -109,11 +117,13 @@ class Impl:
 
     def build(self) -> str:
         """Tells one state of what is compiled from another."""
-        return native.build() if self.is_native else self.runtime.build if self.runtime else ""
+        return native.build() if self.is_native or self.calls else self.runtime.build if self.runtime else ""
 
     def is_interpreted(self, device: str) -> bool:
         """Whether it runs on the CPU in place of the device that it is for."""
-        return self.runtime is jit.TRITON and device == "cpu" and jit.is_interpreted()
+        if device != "cpu":
+            return False
+        return native.emulator() is not None if self.calls else self.runtime is jit.TRITON and jit.is_interpreted()
 
     def against(self, device: str, dtype: torch.dtype) -> str | None:
         """The reason why it cannot serve tensors of this kind here, or None."""
@@ -225,6 +235,11 @@ class Op:
             reason = selfcheck.failure(self, impl, device, dtype)
         return reason
 
+    def reason_to_pass_over(self, impl: Impl, device: str, dtype: torch.dtype) -> str | None:
+        """Why `impl` is not among the candidates for tensors of this kind, or None."""
+        by_name = None if self.requested() == impl.name else impl.only_by_name
+        return impl.against(device, dtype) or by_name or self.reason_against(impl, device, dtype)
+
     def computes_in(self, device: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype that tensors of this one shall have: half precision goes to the op as float32, unless an
         implementation other than the reference takes it as it is.
@@ -233,7 +248,7 @@ class Op:
             return dtype
         requested = self.requested()
         takers = [i for i in self.impls if dtype in i.dtypes and requested in (None, i.name)]
-        return dtype if any(self.reason_against(i, device, dtype) is None for i in takers) else torch.float32
+        return dtype if any(self.reason_to_pass_over(i, device, dtype) is None for i in takers) else torch.float32
 
     def give_up(self, impl: Impl, error: Exception) -> None:
         """Uses an implementation no more in this process, and says so once."""
@@ -255,7 +270,7 @@ class Op:
         key = (requested, device, dtype)
         if key not in self._choices:
             if requested is None:
-                self._choices[key] = [i for i in self.impls if self.reason_against(i, device, dtype) is None]
+                self._choices[key] = [i for i in self.impls if self.reason_to_pass_over(i, device, dtype) is None]
             else:
                 self._choices[key] = [self._by_name(requested, device, dtype)]
         return self._choices[key]
@@ -273,7 +288,7 @@ class Op:
         if requested is not None:
             return self.candidates(device, dtype)[0]
         if key not in self._preferred:
-            self._preferred[key] = next(i for i in self.impls if self.reason_against(i, device, dtype) is None)
+            self._preferred[key] = next(i for i in self.impls if self.reason_to_pass_over(i, device, dtype) is None)
         return self._preferred[key]
 
     def rule_for_torch(self, device: str, dtype: torch.dtype) -> Callable[..., str | None] | None:

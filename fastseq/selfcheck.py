@@ -152,10 +152,10 @@ def _in_thread(op: "Op", impl: "Impl", device: str, dtype: torch.dtype) -> Verdi
 
 def _in_process(op: "Op", impl: "Impl", device: str, dtype: torch.dtype) -> Verdict:
     """Checks in a process of its own: a GPU kernel that hangs or writes where it must not takes its process along."""
+    more = "; its kernels are compiled meanwhile, which may take minutes" if impl.runtime else ""
     logging.getLogger("fastseq").warning(
-        "fastseq::%s: checking %s for %s on %s, once; its kernels are compiled meanwhile, which may take minutes",
-        op.name, impl.name, dtype, architecture(device),
-    )  # fmt: skip
+        "fastseq::%s: checking %s for %s on %s, once%s", op.name, impl.name, dtype, architecture(device), more
+    )
     what = (op.name, impl.name, device, str(dtype), str(torch.cuda.current_device()))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:

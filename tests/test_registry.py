@@ -57,8 +57,10 @@ def test_asked_for_by_name_never_falls_back() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    assert known_backends() == ["cpp", "triton", "numba", "reference"]
-    with pytest.raises(ValueError, match="unknown backend 'fast'; the known ones are cpp, triton, numba, reference"):
+    assert known_backends() == ["cpp", "triton", "numba", "cuda", "reference"]
+    with pytest.raises(
+        ValueError, match="unknown backend 'fast'; the known ones are cpp, triton, numba, cuda, reference"
+    ):
         fastseq.use_backend("fast").__enter__()
 
 
@@ -92,7 +94,7 @@ def test_environment_names_a_backend() -> None:
     assert done.stdout.strip() == "fastseq.reference.lstm"
     environment["FASTSEQ_BACKEND"] = "fast"
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
-    assert "unknown backend 'fast'; the known ones are cpp, triton, numba, reference" in done.stderr
+    assert "unknown backend 'fast'; the known ones are cpp, triton, numba, cuda, reference" in done.stderr
 
 
 @pytest.fixture

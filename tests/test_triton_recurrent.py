@@ -8,8 +8,6 @@ import importlib
 import itertools
 import os
 from contextlib import nullcontext
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +26,7 @@ from fastseq.ops.recurrent import (
     running,
     widened,
 )
+from fastseq.ops.recurrent_steps import implementation
 from fastseq.ops.rnn import RNN_RELU, RNN_TANH
 from fastseq.registry import Kernel
 
@@ -35,7 +34,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in Triton's interpreter, with TRITON_INTERPRET=1 set before", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastseq.kernels.triton import graphs, recurrent
+from fastseq.kernels.triton import graphs
 from fastseq.kernels.triton.graphs import Launch
 from fastseq.kernels.triton.recurrent import CHIPS, Runtime
 from fastseq.kernels.triton.recurrent_plan import Chip, Product, persistent, plan, stepwise
@@ -72,8 +71,7 @@ each_form = pytest.mark.parametrize("form", ["stepwise", "persistent"])
 
 def kernel(op: Recurrent, form: str = "persistent") -> Kernel:
     module = importlib.import_module(f"fastseq.kernels.triton.{op.name}")
-    directions = (partial(of, module.CELL, FORMS[form]) for of in (recurrent._forward, recurrent._backward))
-    return SimpleNamespace(**dict(zip(("forward", "backward"), directions, strict=True)))
+    return implementation(module.STEPS._replace(runtime=FORMS[form]))
 
 
 @pytest.fixture(autouse=True)

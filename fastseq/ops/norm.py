@@ -400,7 +400,7 @@ def add_norm(
 
     if kind == "layer" and p == 0 and given == compute and is_small(x, residual, *columns):
         total = x if residual is None else x + residual
-        y = F.layer_norm(total, (E,), *columns, float(eps))
+        y = F.layer_norm(total, (E,), columns[0], columns[1], float(eps))
         return (y, total) if return_total else y
     arguments = Arguments(
         rows(x),

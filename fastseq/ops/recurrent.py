@@ -6,6 +6,7 @@ input. Formulas are in `fastseq.reference`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastseq.jit import CompileError
+from fastseq.ops import recurrent_cuda
 from fastseq.ops.contract import (
     LIBRARY,
     below_autograd,
@@ -24,6 +26,7 @@ from fastseq.ops.contract import (
     rounding,
     widened,
 )
+from fastseq.ops.recurrent_steps import CELLS, allows_tf32
 from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
 
 
@@ -221,6 +224,15 @@ class Recurrent:
                         dtypes=FLOATS,
                         yields=self._why_torch_before_numba,
                         verified=frozenset({"avx2", "avx512", "portable"}),
+                    ),
+                    Impl(
+                        "cuda",
+                        f"fastseq.ops.recurrent_cuda:{name}",
+                        devices=frozenset({"cuda"}),
+                        dtypes=HALF | {torch.float32},
+                        needs=partial(recurrent_cuda.why_not, CELLS[name]),
+                        calls="fastseq_native::recurrent_steps",
+                        only_by_name='not yet measured against Triton on a GPU; use_backend("cuda") asks for it',
                     ),
                     Impl(
                         "triton",
@@ -507,11 +519,6 @@ class _Function(torch.autograd.Function):
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-
-
-def allows_tf32() -> bool:
-    """Whether torch's own layers may multiply float32 as TF32 on a GPU, which they do unless told otherwise."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def running(arguments: Arguments) -> Tensor | None:

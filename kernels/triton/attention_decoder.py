@@ -26,8 +26,7 @@ from fastseq.kernels.triton.attention import precision_of_float32
 from fastseq.kernels.triton.graphs import Launch
 from fastseq.kernels.triton.recurrent import (
     CHIPS,
-    Cell,
-    Layer,
+    Launcher,
     Runtime,
     backward_kernel,
     forward_kernel,
@@ -37,9 +36,10 @@ from fastseq.kernels.triton.recurrent import (
 )
 from fastseq.kernels.triton.recurrent_plan import stepwise
 from fastseq.kernels.triton.rows import load_columns, load_tile
+from fastseq.ops.recurrent_steps import Cell, Layer
 from fastseq.reference.attention_decoder import GRU, LSTM, RNN_TANH
 
-CELLS = {LSTM: lstm.CELL, GRU: gru.CELL, RNN_TANH: rnn_tanh.CELL}
+STEPS = {LSTM: lstm.STEPS, GRU: gru.STEPS, RNN_TANH: rnn_tanh.STEPS}
 # What changes from call to call and must not be compiled in.
 SIZES = ["S", "T", "B", "first"]
 
@@ -306,7 +306,7 @@ class _Decoder:
     """A call's sizes, and launches on its tensors.
 
     Attributes:
-        layer: what the recurrent kernels are launched with.
+        layer, launcher: what the recurrent kernels are launched with.
         after: whether the state looks after its step.
         absent: [B, S] uint8 or None.
     """
@@ -325,7 +325,8 @@ class _Decoder:
         v: Tensor | None,
         w_out: Tensor | None,
     ) -> None:
-        self.layer = Layer(cell, runtime, h, [w_feed, w_hh], False, None, lengths, None)
+        self.layer = Layer(cell, h, [w_feed, w_hh], False, None, lengths, None)
+        self.launcher = Launcher(self.layer, runtime)
         self.keys, self.values, self.v = keys, values, v
         self.absent = None if absent is None else absent.view(torch.uint8)
         self.after = w_out is not None
@@ -350,7 +351,7 @@ class _Decoder:
         back: bool = False,
     ) -> Launch:
         layer, (U, K), K2 = self.layer, w.shape, 0 if w2 is None else w2.shape[1]
-        chosen = stepwise(layer.product(U, max(K, K2)), layer.chip)
+        chosen = stepwise(self.launcher.product(U, max(K, K2)), self.launcher.chip)
         arguments = dict(
             p_w=w,
             w_apart=w.stride(0),
@@ -370,7 +371,7 @@ class _Decoder:
             K2=K2,
             TANH=tanh,
             BACK=back,
-            PRECISION=layer.precision,
+            PRECISION=self.launcher.precision,
             **chosen.options,
         )
         return Launch(linear_kernel, chosen.grid(U, layer.B, 1), arguments)
@@ -458,13 +459,14 @@ def _forward(
     save_tape: bool,
 ) -> tuple[Tensor, ...]:
     """See `fastseq.ops.attention_decoder`."""
-    kind = CELLS[cell]
+    steps = STEPS[cell]
+    kind = steps.cell
     T, (B, H), G = gates.shape[0], h0.shape, kind.gates
     w_feed = w_feed.contiguous()  # rows of a slice may start anywhere, and are read at every step
     states = h0.new_empty(T + 1, B, H)  # what the first step starts from comes first, here and in feeds
     states[0] = h0
     decoder = _Decoder(kind, runtime, states[1:], keys, values, absent, lengths, w_feed, w_hh, v, w_out)
-    layer, after = decoder.layer, decoder.after
+    layer, to, after = decoder.layer, decoder.launcher, decoder.after
     feeds = decoder.fresh(T + 1, B, decoder.F)
     if feed0 is not None:
         feeds[0] = feed0
@@ -493,11 +495,11 @@ def _forward(
             bias[-H:] = 0
         stepping = [
             decoder.linear(w_feed, feeds[:-1] if after else feeds[1:], pre[..., : G * H], add=gates, bias=bias),
-            layer.launch_gates(
-                forward_kernel, stepwise(layer.product(H, H, kind.stack), layer.chip), 1,
+            to.launch_gates(
+                forward_kernel, stepwise(to.product(H, H, steps.stack), to.chip), 1,
                 p_pre=pre, p_w=w_hh, p_b=inner if kind.inner_bias else None, p_h=h, p_carry=carry, p_m=None,
                 p_y=states[1:], p_cells=cells, p_reset_h=None, p_reset_carry=None,
-                STEP=kind.step, G=G, K=H, PRE=pre.shape[-1], SAVE=save_gates,
+                STEP=steps.step, G=G, K=H, PRE=pre.shape[-1], SAVE=save_gates,
             ),
         ]  # fmt: skip
         if w_out is None:
@@ -552,11 +554,12 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """See `fastseq.ops.attention_decoder`."""
-    kind = CELLS[cell]
+    steps = STEPS[cell]
+    kind = steps.cell
     decoder = _Decoder(kind, runtime, h, keys, values, absent, lengths, w_feed, w_hh, v, w_out)
-    layer, after = decoder.layer, decoder.after
+    layer, to, after = decoder.layer, decoder.launcher, decoder.after
     T, B, H, G = layer.T, layer.B, layer.H, kind.gates
-    P = kind.tape or G
+    P = kind.slots
     h_before = torch.cat([h0.unsqueeze(0), h[:-1]])
     dstate = layer.states(None if dh_n is None else dh_n.unsqueeze(0), H, torch.float32)
     dcell = layer.states(None if dc_n is None else dc_n.unsqueeze(0), H, torch.float32) if kind.has_cell else None
@@ -593,11 +596,11 @@ def _backward(
             before, behind = torch.cat([c0.unsqueeze(0), cells[:-1]]), cells
         else:
             before, behind = (h_before, None) if kind.carries else (None, h)
-        stepping = layer.launch_gates(
-            backward_kernel, stepwise(layer.product(H, G * H), layer.chip), 1,
+        stepping = to.launch_gates(
+            backward_kernel, stepwise(to.product(H, G * H), to.chip), 1,
             p_w=w_hh.t().contiguous(), p_v=da, p_dy=dh, p_dcells=None, p_gates=saved_gates if kind.tape else None,
             p_before=before, p_after=behind, p_da=da, p_dh=dstate, p_dc=dcell, p_dreset_h=None, p_dreset_c=None,
-            STEP_BACK=kind.step_back, AFTER_IS_Y=not kind.has_cell, PROJECTED=False, K=G * H, V=P * H, A=P,
+            STEP_BACK=steps.step_back, AFTER_IS_Y=not kind.has_cell, PROJECTED=False, K=G * H, V=P * H, A=P,
         )  # fmt: skip
         if w_out is None or douts is None:
             launches = [stepping, through_feed(dcontexts, None, da[:-1]), *looking]
@@ -654,7 +657,7 @@ def _training(
             return torch.empty(shape, dtype=of, device="meta")
 
         runtime = Runtime(lambda _: CHIPS[capability], lambda _: precision, once)
-        T, S, G, kind = 50, 60, CELLS[cell].gates, CELLS[cell]
+        T, S, G, kind = 50, 60, STEPS[cell].cell.gates, STEPS[cell].cell
         state = empty(B, H)
         F = H if after else 2 * H
         arguments = (

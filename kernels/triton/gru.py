@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from fastseq.kernels.triton import recurrent
-from fastseq.kernels.triton.recurrent import Cell, sigmoid, tanh
+from fastseq.kernels.triton.recurrent import Steps, sigmoid, tanh
+from fastseq.ops.recurrent_steps import CELLS, implementation
 
 
 @triton.jit
@@ -22,6 +23,6 @@ def step_back(dh, dc, r, z, n, u, h_before, after):
     return dr, dz, dn * r, dn, dh * z, tl.zeros_like(dc)
 
 
-CELL = Cell("gru", gates=3, tape=4, has_cell=False, carries=True, inner_bias=True, step=step, step_back=step_back)
-forward, backward = recurrent.implementation(CELL)
-AOT = recurrent.ahead_of_time(CELL)
+STEPS = Steps(CELLS["gru"], step, step_back)
+forward, backward = implementation(STEPS)
+AOT = recurrent.ahead_of_time(STEPS)

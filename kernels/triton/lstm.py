@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from fastseq.kernels.triton import recurrent
-from fastseq.kernels.triton.recurrent import Cell, sigmoid, tanh
+from fastseq.kernels.triton.recurrent import Steps, sigmoid, tanh
+from fastseq.ops.recurrent_steps import CELLS, implementation
 
 
 @triton.jit
@@ -23,6 +24,6 @@ def step_back(dh, dc, i, f, g, o, c_before, c):
     return di, df, dg, do, tl.zeros_like(dh), dc * f
 
 
-CELL = Cell("lstm", gates=4, tape=4, has_cell=True, carries=True, inner_bias=False, step=step, step_back=step_back)
-forward, backward = recurrent.implementation(CELL)
-AOT = recurrent.ahead_of_time(CELL)
+STEPS = Steps(CELLS["lstm"], step, step_back)
+forward, backward = implementation(STEPS)
+AOT = recurrent.ahead_of_time(STEPS)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of all recurrent cells share: a step forward and back, and what surrounds the steps.
+"""What the Triton kernels of all recurrent cells share: a step forward and back, and the loop over the steps.
 
 One kernel text serves two forms, which `plan` chooses between:
 
@@ -10,11 +10,10 @@ One kernel text serves two forms, which `plan` chooses between:
 
 A step is one product and the cell's gates. Tiles are [units, rows of the batch]: with the gates of BLOCK_U units
 stacked to one tile, the weights are the large operand of the product even for a batch of one, and have the shape that
-tensor cores want. The projections W_ih x_t of all steps are one library product before the loop, and so are the
-gradients of x and of the weights after it.
+tensor cores want.
 
-A cell's file gives `step` and `step_back`; the formulas are in `fastseq.reference`. Pre-activations, cell states and
-sums are float32 whatever the tensors' dtype.
+A cell's file gives `step` and `step_back`; the formulas are in `fastseq.reference`, and what surrounds the steps is in
+`fastseq.ops.recurrent_steps`. Pre-activations, cell states and sums are float32 whatever the tensors' dtype.
 """
 
 import functools
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from fastseq.kernels.triton.graphs import Launch, run
 from fastseq.kernels.triton.recurrent_plan import Chip, Plan, Product, plan, stepwise
-from fastseq.ops.recurrent import allows_tf32
+from fastseq.ops.recurrent_steps import Backward, Cell, Forward, Layer, allows_tf32, implementation, stacked
 
 # The interpreter would multiply the bits of bfloat16.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -501,24 +500,6 @@ def project_back_kernel(
     tl.store(p_out, tl.where(run, dh, 0.0), mask=run if p_starts is not None else ok & (s >= 0))
 
 
-class Cell(NamedTuple):
-    """What sets one op's kernels apart."""
-
-    name: str
-    gates: int  # G
-    tape: int  # vectors of H a step on the tape
-    has_cell: bool
-    carries: bool  # whether a unit carries a state of its own in float32: c, or an h that it needs beside W_hh h
-    inner_bias: bool  # whether the last gate of b_hh stays with W_hh h, which another gate multiplies
-    step: Callable[..., Any]
-    step_back: Callable[..., Any]
-
-    @property
-    def stack(self) -> int:
-        """The tiles in the stack of one forward product."""
-        return 1 if self.gates == 1 else 4
-
-
 @functools.cache
 def _chip(device: torch.device) -> Chip:
     if device.type != "cuda":  # the interpreter, which runs one program after the other
@@ -541,128 +522,29 @@ class Runtime(NamedTuple):
     run: Callable[[list[Launch], int, torch.device], None] = run
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """[D, ...] contiguous; without a copy if there is one."""
-    return tensors[0].unsqueeze(0).contiguous() if len(tensors) == 1 else torch.stack(tensors)
+class Launcher:
+    """Makes the launches of one call."""
 
-
-class Layer:
-    """A call's arguments as the kernels take them.
-
-    Attributes:
-        x: [N, I], the rows of all steps: T*B of them, or as packed.
-        w_ih, w_hh, biases: of each direction; biases are [b_ih, b_hh] or [].
-        w_hr: [D, P, H] or None.
-        starts: [T] int64, where each step's rows start if packed.
-        lengths: [B] int32, how many steps each row runs if not all do.
-        reset: [T, B] uint8.
-    """
-
-    def __init__(
-        self,
-        cell: Cell,
-        runtime: Runtime,
-        x: Tensor,
-        weights: list[Tensor],
-        bidirectional: bool,
-        batch_sizes: Tensor | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-    ) -> None:
-        self.device = x.device
-        self.D = 2 if bidirectional else 1
-        count = len(weights) // self.D
-        parts = [[w.to(x.dtype) for w in weights[d * count : (d + 1) * count]] for d in range(self.D)]
-        self.w_ih, self.w_hh = ([part[k] for part in parts] for k in range(2))
-        self.biases = [part[2:4] if count >= 4 else [] for part in parts]
-        self.w_hr = _stacked([part[-1] for part in parts]) if count % 2 else None
-        self.H, self.P = self.w_ih[0].shape[0] // cell.gates, self.w_hh[0].shape[1]
-        self.starts = self.lengths = None
-        if batch_sizes is None:
-            self.T, self.B = x.shape[:2]
-            if lengths is not None:
-                self.lengths = lengths.to(self.device, torch.int32)
-        else:
-            self.T, self.B = len(batch_sizes), int(batch_sizes[0])
-            self.starts = (batch_sizes.cumsum(0) - batch_sizes).to(self.device)
-            steps = (batch_sizes.unsqueeze(-1) > torch.arange(self.B)).sum(0)
-            self.lengths = steps.to(self.device, torch.int32)
-        self.x = x.reshape(-1, x.shape[-1])
-        self.N = self.x.shape[0]
-        self.chip, self.precision = runtime.chip(x.device), runtime.precision(x.dtype)
-        self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
-
-    def states(self, given: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
-        """A [D, B, width] of what is given or zeros, for kernels to change."""
-        if given is None:
-            return self.x.new_zeros(self.D, self.B, width, dtype=dtype)
-        return torch.empty(given.shape, dtype=dtype, device=self.device).copy_(given)
-
-    def initial(self, given: Tensor | None, anew: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
-        """The states that the first steps start from, which for direction 0 a reset before step 0 sets."""
-        state = self.states(given, width, dtype)
-        if self.reset is not None:
-            mask = self.reset[0].bool()
-            if self.lengths is not None:
-                mask = mask & (self.lengths > 0)
-            set_to = state.new_zeros(()) if anew is None else anew[0].to(dtype)
-            state[0] = torch.where(mask.unsqueeze(-1), set_to, state[0])
-        return state
-
-    def before(self, d: int, after: Tensor, initial: Tensor | None, anew: Tensor | None) -> Tensor:
-        """[N, F] the states before the steps of direction d, from [N, F] those after them."""
-        first, set_to = (after.new_zeros(self.B, after.shape[-1]) if s is None else s[d] for s in (initial, anew))
-        if self.lengths is None and self.reset is None:
-            return torch.cat([first, after[: -self.B]] if d == 0 else [after[self.B :], first])
-        return torch.cat([after, first, set_to]).index_select(0, self._before[d])
-
-    @functools.cached_property
-    def _before(self) -> list[Tensor]:
-        """For each direction [N], where each step's state before is among those after steps, initial, and reset."""
-        T, B, N = self.T, self.B, self.N
-        if self.starts is None:
-            step = torch.arange(T, device=self.device).repeat_interleave(B)
-            starts = torch.arange(T, device=self.device) * B
-        else:
-            sizes = torch.diff(self.starts, append=self.starts.new_tensor([N]))
-            step = torch.arange(T, device=self.device).repeat_interleave(sizes, output_size=N)
-            starts = self.starts
-        row = torch.arange(N, device=self.device) - starts[step]
-        runs = T if self.lengths is None else self.lengths[row]
-        found = []
-        for d in range(self.D):
-            earlier = step - 1 + 2 * d
-            ran = (earlier >= 0) & (earlier < runs) & (earlier < T)
-            place = torch.where(ran, starts[earlier.clamp(0, T - 1)] + row, N + row)
-            if self.reset is not None:
-                at = step + d
-                anew = (at < runs) & (at < T) & self.reset[at.clamp(max=T - 1), row].bool()
-                place = torch.where(anew, N + B + row, place)
-            found.append(place)
-        return found
-
-    def running(self, values: Tensor) -> Tensor:
-        """[N, F] with zeros in the rows that do not run: whatever stands there takes no part."""
-        if self.lengths is None or self.starts is not None:
-            return values
-        runs = self.lengths > torch.arange(self.T, device=self.device).unsqueeze(-1)
-        return torch.where(runs.view(-1, 1), values, values.new_zeros(()))
+    def __init__(self, layer: Layer, runtime: Runtime) -> None:
+        self.layer, self.chip, self.precision = layer, runtime.chip(layer.device), runtime.precision(layer.dtype)
 
     def product(self, outputs: int, K: int, stack: int = 1) -> Product:
-        return Product(stack, outputs, K, self.B, self.D, self.x.element_size(), self.precision == "ieee")
+        layer = self.layer
+        return Product(stack, outputs, K, layer.B, layer.D, layer.dtype.itemsize, self.precision == "ieee")
 
     def launch(self, kernel: Any, chosen: Plan, outputs: int, **arguments: Any) -> Launch:
         """A launch of the kernel for as many outputs, with what all kernels take."""
+        layer = self.layer
         return Launch(
             kernel,
-            chosen.grid(outputs, self.B, self.D),
+            chosen.grid(outputs, layer.B, layer.D),
             dict(
                 **arguments,
-                p_reset=self.reset,
-                p_lengths=self.lengths,
-                p_starts=self.starts,
-                T=self.T,
-                B=self.B,
+                p_reset=layer.reset,
+                p_lengths=layer.lengths,
+                p_starts=layer.starts,
+                T=layer.T,
+                B=layer.B,
                 PRECISION=self.precision,
                 **chosen.options,
             ),
@@ -670,16 +552,17 @@ class Layer:
 
     def launch_gates(self, kernel: Any, chosen: Plan, steps: int, **arguments: Any) -> Launch:
         """The same for forward_kernel and backward_kernel, which have both forms."""
-        group, *groups = chosen.grid(self.H, self.B, self.D)
+        layer = self.layer
+        group, *groups = chosen.grid(layer.H, layer.B, layer.D)
         waits = chosen.persistent and group > 1
         return self.launch(
             kernel,
             chosen,
-            self.H,
+            layer.H,
             **arguments,
-            p_count=torch.zeros(groups, dtype=torch.int32, device=self.device) if waits else None,
-            N=self.N,
-            H=self.H,
+            p_count=torch.zeros(groups, dtype=torch.int32, device=layer.device) if waits else None,
+            N=layer.N,
+            H=layer.H,
             steps=steps if chosen.persistent else 1,
             RESIDENT=chosen.persistent,
             AHEAD=chosen.ahead,
@@ -687,188 +570,74 @@ class Layer:
         )
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+class Steps(NamedTuple):
+    """The loops over one op's steps."""
 
+    cell: Cell
+    step: Callable[..., Any]
+    step_back: Callable[..., Any]
+    runtime: Runtime = Runtime()
 
-@torch.no_grad()
-def _forward(
-    cell: Cell,
-    runtime: Runtime,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    bidirectional: bool,
-    save_tape: bool,
-    save_cells: bool = False,
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layer = Layer(cell, runtime, x, weights, bidirectional, batch_sizes, lengths, reset)
-    T, B, N, H, P, D, G = layer.T, layer.B, layer.N, layer.H, layer.P, layer.D, cell.gates
-    save_gates = save_tape and cell.tape > 0
-    pre = x.new_empty(D, N, (cell.tape if save_gates else G) * H)
-    for d, w_ih in enumerate(layer.w_ih):
-        out = pre[d, :, : G * H]
-        if not layer.biases[d]:
-            torch.mm(layer.x, w_ih.t(), out=out)
-            continue
-        bias = sum(layer.biases[d])
-        if cell.inner_bias:
-            bias[-H:] = layer.biases[d][0][-H:]
-        torch.addmm(bias, layer.x, w_ih.t(), out=out)
-    inner = _stacked([b_hh[-H:] for _, b_hh in layer.biases]) if cell.inner_bias and layer.biases[0] else None
+    @property
+    def stack(self) -> int:
+        """The tiles in the stack of one forward product."""
+        return 1 if self.cell.gates == 1 else 4
 
-    own, own_anew = (c0, reset_c) if cell.has_cell else (h0, reset_h)
-    carry = layer.initial(own, own_anew, H, torch.float32) if cell.carries else None
-    h = x.new_empty(2, D, B, P)
-    h[0] = layer.initial(h0, reset_h, P, x.dtype)
-    y = x.new_empty(*x.shape[:-1], D * P)
-    cells = x.new_empty(D, N, H) if (save_tape or save_cells) and cell.has_cell else None
-    m = None if layer.w_hr is None else x.new_empty(D, B, H)
-    if B > 0:
-        reset_h, own_anew = _contiguous(reset_h), _contiguous(own_anew)
-        product = layer.product(H, P, cell.stack)
-        chosen = plan(product, T, layer.chip) if m is None else stepwise(product, layer.chip)
+    def forward(self, layer: Layer, call: Forward) -> Tensor:
+        """As `fastseq.ops.recurrent_steps.Steps` says; each step swaps the states before and after it."""
+        to, new = Launcher(layer, self.runtime), call.y.new_empty
+        H, P, G, projected = layer.H, layer.P, self.cell.gates, layer.w_hr is not None
+        h = new(2, *call.h0.shape)
+        h[0] = call.h0
+        m = new(layer.D, layer.B, H) if projected else None
+        product = to.product(H, P, self.stack)
+        chosen = stepwise(product, to.chip) if projected else plan(product, layer.T, to.chip)
         launches = [
-            layer.launch_gates(
-                forward_kernel, chosen, T,
-                p_pre=pre, p_w=_stacked(layer.w_hh), p_b=inner, p_h=h, p_carry=carry, p_m=m, p_y=y, p_cells=cells,
-                p_reset_h=reset_h, p_reset_carry=own_anew if cell.carries else None,
-                STEP=cell.step, G=G, K=P, PRE=pre.shape[-1], SAVE=save_gates,
+            to.launch_gates(
+                forward_kernel, chosen, layer.T,
+                p_pre=call.pre, p_w=stacked(layer.w_hh), p_b=call.inner_bias, p_h=h, p_carry=call.carry, p_m=m,
+                p_y=call.y, p_cells=call.cells, p_reset_h=call.reset_h, p_reset_carry=call.reset_carry,
+                STEP=self.step, G=G, K=P, PRE=call.pre.shape[-1], SAVE=call.save,
             )
         ]  # fmt: skip
-        if m is not None:
-            half = stepwise(layer.product(P, H), layer.chip)
+        if projected:
+            half = stepwise(to.product(P, H), to.chip)
             launches += [
-                layer.launch(project_kernel, half, P, p_w=layer.w_hr, p_m=m, p_h=h, p_y=y, p_reset_h=reset_h, H=H, P=P)
-            ]
-        runtime.run(launches, 1 if chosen.persistent else T, layer.device)
-    nothing = x.new_empty(0)
-    return (
-        y,
-        h[T % 2],
-        carry.to(x.dtype) if cell.has_cell and carry is not None else nothing,
-        pre if save_gates else nothing,
-        nothing if cells is None else cells,
-    )
+                to.launch(
+                    project_kernel, half, P,
+                    p_w=layer.w_hr, p_m=m, p_h=h, p_y=call.y, p_reset_h=call.reset_h, H=H, P=P,
+                )
+            ]  # fmt: skip
+        self.runtime.run(launches, 1 if chosen.persistent else layer.T, layer.device)
+        return h[layer.T % 2]
 
-
-@torch.no_grad()
-def _backward(
-    cell: Cell,
-    runtime: Runtime,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    bidirectional: bool,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    layer = Layer(cell, runtime, x, weights, bidirectional, batch_sizes, lengths, reset)
-    T, B, N, H, P, D, G = layer.T, layer.B, layer.N, layer.H, layer.P, layer.D, cell.gates
-    A = cell.tape or G
-    y = y.reshape(N, D * P)
-    w_hh_t = _stacked([w.t() for w in layer.w_hh])
-    da = x.new_empty(D, N, A * H)
-    dh = layer.states(dh_n, P, torch.float32)
-    dc = layer.states(dc_n, H, torch.float32) if cell.has_cell else None
-    anew = reset is not None
-    dreset_h = torch.zeros_like(dh) if anew else None
-    dreset_c = torch.zeros_like(dc) if anew and dc is not None else None
-    h_before = [layer.before(d, y[:, d * P : (d + 1) * P], h0, reset_h) for d in range(D)]
-    if cell.has_cell:
-        before = torch.stack([layer.before(d, cells[d], c0, reset_c) for d in range(D)])
-        after = cells.contiguous()
-    else:
-        before = _stacked(h_before) if cell.carries else None
-        after = None if cell.carries else y.contiguous()
-    dh_all = None if layer.w_hr is None else x.new_empty(D, N, P)
-    dy = _contiguous(dy)
-
-    if B > 0:
-        projected = dh_all is not None
+    def backward(self, layer: Layer, call: Backward) -> None:
+        to = Launcher(layer, self.runtime)
+        H, P, K, A = layer.H, layer.P, self.cell.gates * layer.H, self.cell.slots
+        projected = layer.w_hr is not None
+        w_hh_t = stacked([w.t() for w in layer.w_hh])
+        product = to.product(H, P if projected else K)
+        chosen = stepwise(product, to.chip) if projected else plan(product, layer.T, to.chip)
+        launches = [
+            to.launch_gates(
+                backward_kernel, chosen, layer.T + 1,
+                p_w=layer.w_hr.transpose(1, 2).contiguous() if projected else w_hh_t,
+                p_v=call.dh_all if projected else call.da, p_dy=None if projected else call.dy,
+                p_dcells=call.dcells, p_gates=call.gates, p_before=call.before, p_after=call.after, p_da=call.da,
+                p_dh=None if projected else call.dh, p_dc=call.dc,
+                p_dreset_h=None if projected else call.dreset_h, p_dreset_c=call.dreset_c,
+                STEP_BACK=self.step_back, AFTER_IS_Y=not self.cell.has_cell, PROJECTED=projected,
+                K=P if projected else K, V=P if projected else A * H, A=A,
+            )
+        ]  # fmt: skip
         if projected:
-            chosen = stepwise(layer.product(H, P), layer.chip)
-        else:
-            chosen = plan(layer.product(H, G * H), T, layer.chip)
-        gates_launch = layer.launch_gates(
-            backward_kernel, chosen, T + 1,
-            p_w=w_hh_t if layer.w_hr is None else layer.w_hr.transpose(1, 2).contiguous(),
-            p_v=da if dh_all is None else dh_all, p_dy=None if projected else dy,
-            p_dcells=_contiguous(dcells) if cell.has_cell else None, p_gates=gates.contiguous() if cell.tape else None,
-            p_before=before, p_after=after, p_da=da, p_dh=None if projected else dh, p_dc=dc,
-            p_dreset_h=None if projected else dreset_h, p_dreset_c=dreset_c,
-            STEP_BACK=cell.step_back, AFTER_IS_Y=not cell.has_cell, PROJECTED=projected,
-            K=P if projected else G * H, V=P if projected else A * H, A=A,
-        )  # fmt: skip
-        launches = [gates_launch]
-        if projected:
-            through = layer.launch(
-                project_back_kernel, stepwise(layer.product(P, G * H), layer.chip), P,
-                p_w=w_hh_t, p_v=da, p_dy=dy, p_dh_all=dh_all, p_dh=dh, p_dreset_h=dreset_h, N=N, P=P, K=G * H,
+            through = to.launch(
+                project_back_kernel, stepwise(to.product(P, K), to.chip), P,
+                p_w=w_hh_t, p_v=call.da, p_dy=call.dy, p_dh_all=call.dh_all, p_dh=call.dh, p_dreset_h=call.dreset_h,
+                N=layer.N, P=P, K=K,
             )  # fmt: skip
-            launches = [through, gates_launch]
-        runtime.run(launches, 1 if chosen.persistent else T + 1, layer.device)
-
-    # Where the last gate's share of W_hh h is multiplied, its gradient stands before the pre-activation's own.
-    spans = [(slice(0, G * H), slice(0, G * H))]
-    if cell.inner_bias:
-        spans = [(slice(0, (G - 1) * H), slice(0, (G - 1) * H)), (slice((G - 1) * H, G * H), slice(G * H, A * H))]
-    nothing = x.new_empty(0)
-    dx = nothing
-    if needs[0]:
-        dx = x.new_zeros(N, x.shape[-1])
-        for d, w_ih in enumerate(layer.w_ih):
-            for of_w, of_da in spans:
-                dx.addmm_(da[d, :, of_da], w_ih[of_w])
-        dx = dx.view(x.shape)
-    dweights: list[Tensor] = []
-    wanted = iter(needs[5:])
-    rows = layer.running(layer.x) if any(needs[5:]) else layer.x
-    for d in range(D):
-        da_h = da[d, :, : G * H]
-        if next(wanted):
-            dw_ih = torch.empty_like(layer.w_ih[d], memory_format=torch.contiguous_format)
-            for of_w, of_da in spans:
-                torch.mm(da[d, :, of_da].t(), rows, out=dw_ih[of_w])
-        else:
-            dw_ih = nothing
-        dweights += [dw_ih, da_h.t() @ h_before[d] if next(wanted) else nothing]
-        if layer.biases[d]:
-            ours = torch.cat([da[d, :, of_da].sum(0) for _, of_da in spans]) if next(wanted) else nothing
-            dweights += [ours, da_h.sum(0) if next(wanted) else nothing]
-        if dh_all is not None:
-            m = gates[d, :, -H:] * cells[d].tanh()  # only the LSTM has a projection
-            dweights += [dh_all[d].t() @ layer.running(m) if next(wanted) else nothing]
-
-    state, reset_state = needs[1] or needs[2], (needs[3] or needs[4]) and anew
-
-    def given(grad: Tensor | None, needed: bool) -> Tensor:
-        return grad.to(x.dtype) if grad is not None and needed else nothing
-
-    return dx, given(dh, state), given(dc, state), given(dreset_h, reset_state), given(dreset_c, reset_state), dweights
-
-
-def implementation(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The op's `forward` and `backward`; `fastseq.ops.recurrent` has the signature."""
-    return functools.partial(_forward, cell, Runtime()), functools.partial(_backward, cell, Runtime())
+            launches = [through, *launches]
+        self.runtime.run(launches, 1 if chosen.persistent else layer.T + 1, layer.device)
 
 
 # The A100, H100 and B200, by compute capability.
@@ -881,7 +650,7 @@ def once(launches: list[Launch], steps: int, device: torch.device) -> None:
         launch(0)
 
 
-def ahead_of_time(cell: Cell) -> dict[str, Callable[..., None]]:
+def ahead_of_time(steps: Steps) -> dict[str, Callable[..., None]]:
     """What is compiled and looked at without a GPU: by the name of a configuration a function of a dtype, and of the
     compute capability to plan for, that calls the op's host code on tensors without memory and launches each kernel
     once, for whoever catches the launches.
@@ -894,16 +663,17 @@ def ahead_of_time(cell: Cell) -> dict[str, Callable[..., None]]:
             def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
                 return torch.empty(shape, dtype=of, device="meta")
 
-            T, D = 512, 2 if full else 1
+            T, D, cell = 512, 2 if full else 1, steps.cell
             runtime = Runtime(lambda _: CHIPS[capability], lambda _: precision, once)
+            forward, backward = implementation(steps._replace(runtime=runtime))
             shapes = [(cell.gates * H, H), (cell.gates * H, P or H), (cell.gates * H,), (cell.gates * H,)]
             weights = [empty(*shape) for shape in [*shapes, *([(P, H)] if P else [])]] * D
             h, c = empty(D, B, P or H), empty(D, B, H) if cell.has_cell else None
             inputs = (empty(T, B, H), h, c, weights, full)
             options = (empty(B, of=torch.int64), empty(T, B, of=torch.bool), h, c) if full else (None,) * 4
-            y, _, _, gates, cells = _forward(cell, runtime, *inputs, True, False, None, *options)
+            y, _, _, gates, cells = forward(*inputs, True, False, None, *options)
             needs = [True] * (5 + len(weights))
-            _backward(cell, runtime, y, h, c, None, *inputs, None, *options, y, gates, cells, needs)
+            backward(y, h, c, None, *inputs, None, *options, y, gates, cells, needs)
 
         return training
 
@@ -914,5 +684,5 @@ def ahead_of_time(cell: Cell) -> dict[str, Callable[..., None]]:
         "H=200, B=3, both directions, lengths, resets": configuration(200, 3, full=True),
         "H=4096, B=64": configuration(4096, 64),
         "H=512, B=16, float32 without TF32": configuration(512, 16, precision="ieee"),
-        **({"H=512, B=16, P=128": configuration(512, 16, P=128)} if cell.has_cell else {}),
+        **({"H=512, B=16, P=128": configuration(512, 16, P=128)} if steps.cell.has_cell else {}),
     }

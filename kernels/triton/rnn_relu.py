@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from fastseq.kernels.triton import recurrent
-from fastseq.kernels.triton.recurrent import Cell
+from fastseq.kernels.triton.recurrent import Steps
+from fastseq.ops.recurrent_steps import CELLS, implementation
 
 
 @triton.jit
@@ -20,8 +21,6 @@ def step_back(dh, dc, g0, g1, g2, g3, before, h):
     return da, da, da, da, tl.zeros_like(dh), tl.zeros_like(dc)
 
 
-CELL = Cell(
-    "rnn_relu", gates=1, tape=0, has_cell=False, carries=False, inner_bias=False, step=step, step_back=step_back
-)
-forward, backward = recurrent.implementation(CELL)
-AOT = recurrent.ahead_of_time(CELL)
+STEPS = Steps(CELLS["rnn_relu"], step, step_back)
+forward, backward = implementation(STEPS)
+AOT = recurrent.ahead_of_time(STEPS)

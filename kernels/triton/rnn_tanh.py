@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from fastseq.kernels.triton import recurrent
-from fastseq.kernels.triton.recurrent import Cell, tanh
+from fastseq.kernels.triton.recurrent import Steps, tanh
+from fastseq.ops.recurrent_steps import CELLS, implementation
 
 
 @triton.jit
@@ -19,8 +20,6 @@ def step_back(dh, dc, g0, g1, g2, g3, before, h):
     return da, da, da, da, tl.zeros_like(dh), tl.zeros_like(dc)
 
 
-CELL = Cell(
-    "rnn_tanh", gates=1, tape=0, has_cell=False, carries=False, inner_bias=False, step=step, step_back=step_back
-)
-forward, backward = recurrent.implementation(CELL)
-AOT = recurrent.ahead_of_time(CELL)
+STEPS = Steps(CELLS["rnn_tanh"], step, step_back)
+forward, backward = implementation(STEPS)
+AOT = recurrent.ahead_of_time(STEPS)
