@@ -30,6 +30,8 @@ REQUIRED = {name for name in os.environ.get("FASTSEQ_REQUIRE", "").split(",") if
 def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("fastseq.ops.cross_entropy.LEAST_LOGITS", 0)  # so that small tests reach the op
+    monkeypatch.setattr("fastseq.ops.norm.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("fastseq.ops.norm.LEAST_WITH_A_GRAPH", 0)
     monkeypatch.setattr("fastseq.nn.block.LEAST_WORK", 0)
 
 

@@ -833,3 +833,25 @@ def test_half_takes_no_detour() -> None:
     """A kernel takes it as it is."""
     require(TABLE, TABLE.impls[0], "cpu", torch.bfloat16)
     assert all(TABLE.computes_in("cpu", dtype) == dtype for dtype in HALF)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_few_elements_are_torchs_layer_norm(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr("fastseq.ops.norm.norm", lambda *args: called.append(args) or norm(*args))
+    monkeypatch.setattr("fastseq.ops.norm.LEAST_ELEMENTS", 60)
+    monkeypatch.setattr("fastseq.ops.norm.LEAST_WITH_A_GRAPH", 80)
+    weight, bias = torch.rand(5, requires_grad=graph), torch.randn(5)
+    most = 80 if graph else 60
+    for rows, ours, options in ((most // 5 - 1, False, {}), (most // 5, True, {}), (2, True, dict(kind="rms"))):
+        x, residual = torch.randn(rows, 5), torch.randn(rows, 5)
+        y, total = add_norm(x, residual, weight, bias, return_total=True, **options)
+        assert bool(called) == ours
+        torch.testing.assert_close(total, x + residual)
+        if not options:
+            torch.testing.assert_close(y, F.layer_norm(x + residual, (5,), weight, bias))
+        called.clear()
+    add_norm(torch.randn(2, 5), weight=weight, dropout_p=0.5)
+    with fastseq.use_backend("reference"):
+        add_norm(torch.randn(2, 5), weight=weight)
+    assert len(called) == 2
