@@ -11,7 +11,7 @@ DONE    := $(VENV)/.installed$(if $(NO_EXT),-no-ext)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test lint bench bench-smoke gpu-aot cuda-check gpu-check clean
+.PHONY: demo test lint bench bench-full bench-smoke report gpu-aot cuda-check gpu-check clean
 
 demo: $(DONE)  ## train and run a character-level LSTM, as it is and accelerated
 	$(BIN)/python examples/char_lm.py
@@ -25,11 +25,20 @@ lint: $(DONE)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## every case against every peer, over 20 minutes
-	$(BIN)/python -m pytest benches
+# Both need a machine with nothing else to do, and leave what make report reads.
+bench: $(VENV)/.bench  ## representative cases of every family against every peer, and series: 10 minutes
+	mkdir -p out
+	$(BIN)/python -m pytest benches --representative --benchmark-json=out/bench.json
+
+bench-full: $(VENV)/.bench  ## every case against every peer, and series: over an hour
+	mkdir -p out
+	$(BIN)/python -m pytest benches --benchmark-json=out/bench.json
 
 bench-smoke: $(VENV)/.bench
 	$(BIN)/python -m pytest benches --smoke
+
+report: $(VENV)/.bench  ## docs/performance.md with its figures, docs/performance.html and the README's results
+	$(BIN)/python benches/performance.py out/bench.json
 
 gpu-aot: $(DONE)  ## Triton kernels compiled for GPUs that need not be here, in every configuration: 5 minutes
 	$(BIN)/python tests/aot.py

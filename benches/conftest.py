@@ -1,20 +1,27 @@
 """Options, fixtures and the summary of the benches: `python -m pytest benches`.
 
 All of pytest-benchmark's command line works; its statistics are of fastseq's own calls. The peers' times, the
-ratios and the fraction of the roofline are in `extra_info` of its JSON and in the tables at the end.
+ratios and the fraction of the roofline are in `extra_info` of its JSON and in the tables at the end; what they were
+measured on is in the JSON's `machine_info`, under `fastseq`. performance.py makes a report of all that.
 """
+
+from dataclasses import asdict
 
 import pytest
 import torch
 from peers import PEERS
-from race import FULL, SMOKE
+from race import BRIEF, FULL, SMOKE
 from race import race as run_race
-from report import render
+from report import commit, cpu, render, versions
+from representative import is_first, is_representative
 from roofline import UnmeasuredError, measure
+
+from fastseq import native
 
 SMOKE_PEERS = "torch,numba,plain,onnxruntime"
 OUTCOMES = pytest.StashKey[list]()
-ROOFLINE = pytest.StashKey[str]()
+ROOFLINE = pytest.StashKey[object]()  # the rates, or why there are none
+LEFT_OUT = "only in make bench-full"
 
 
 def pytest_addoption(parser):
@@ -27,6 +34,11 @@ def pytest_addoption(parser):
     group.addoption("--cases", default="", metavar="TEXT", help="only the cases whose name has this in it")
     group.addoption(
         "--threads", type=int, default=torch.get_num_threads(), help="threads for everyone (default: torch's)"
+    )
+    group.addoption(
+        "--representative",
+        action="store_true",
+        help="what benches/representative.py names, each for a shorter time: ten minutes",
     )
     group.addoption(
         "--smoke",
@@ -51,9 +63,13 @@ def _peer_names(config):
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if "race" not in getattr(item, "fixturenames", ()) or case is None:
+        if case is None:
             return True
-        return config.option.cases in str(case) and (case.smoke or not config.option.smoke)
+        return (
+            config.option.cases in str(case)
+            and (case.smoke or not config.option.smoke)
+            and (is_representative(item) or not config.option.representative)
+        )
 
     left_out = [item for item in items if not wanted(item)]
     if left_out:
@@ -77,37 +93,76 @@ def roofline(pytestconfig, threads):
     except UnmeasuredError as reason:
         pytestconfig.stash[ROOFLINE] = f"not measured: {reason}"
         return None
-    pytestconfig.stash[ROOFLINE] = str(rates)
+    pytestconfig.stash[ROOFLINE] = rates
     return rates
 
 
-@pytest.fixture
-def race(benchmark, pytestconfig, threads, roofline):
-    """Races fastseq against the chosen peers: call it with the op's name, the mode and the case."""
+@pytest.fixture(scope="session")
+def effort(pytestconfig):
+    option = pytestconfig.option
+    return SMOKE if option.smoke else BRIEF if option.representative else FULL
 
-    def run(op, mode, case):
+
+@pytest.fixture
+def race(request, benchmark, pytestconfig, threads, roofline, effort):
+    """Races fastseq against the chosen peers: call it with the op's name, the mode and the case.
+
+    A series races against some peers only (`among`), perhaps with other `threads`; `series` is kept in the JSON.
+    """
+
+    def run(op, mode, case, among=None, threads=threads, series=None):
         names = _peer_names(pytestconfig)
-        able = set(names if case.peers is None else case.peers) | {peer.name for peer in PEERS if peer.ours}
+        ours = set() if among else {peer.name for peer in PEERS if peer.ours}
+        able = set(among or (names if case.peers is None else case.peers)) | ours
         peers = [peer for peer in PEERS if peer.name in able.intersection(names) and mode in peer.modes]
+        left_out = [] if is_first(request.node) or not pytestconfig.option.representative else ["torch.compile"]
         benchmark.group = f"{op} {case}"
-        outcome = run_race(
-            benchmark, op, mode, case, peers, threads, SMOKE if pytestconfig.option.smoke else FULL, roofline
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            racing = [peer for peer in peers if peer.name not in left_out]
+            rates = roofline if threads == before else None
+            outcome = run_race(benchmark, op, mode, case, racing, threads, effort, rates)
+        finally:
+            torch.set_num_threads(before)
+        if outcome is None:
+            return None
+        if series:
+            outcome.case = f"{series['layer']} {case}"
+        outcome.absent.update({peer.name: LEFT_OUT for peer in peers if peer not in racing})
+        benchmark.extra_info.update(
+            op=op,
+            mode=mode,
+            case=outcome.case,
+            threads=threads,
+            served_by=outcome.served_by,
+            median_seconds=outcome.seconds,
+            ratios=outcome.ratios,
+            quartiles=outcome.quartiles,
+            absent=outcome.absent,
+            flops=outcome.flops,
+            bytes=outcome.bytes,
+            roofline_fraction=outcome.roofline_fraction,
+            **({"series": series} if series else {}),
         )
-        if outcome is not None:
-            benchmark.extra_info.update(
-                op=op,
-                mode=mode,
-                case=str(case),
-                threads=threads,
-                served_by=outcome.served_by,
-                median_seconds=outcome.seconds,
-                ratios=outcome.ratios,
-                absent=outcome.absent,
-                roofline_fraction=outcome.roofline_fraction,
-            )
-            pytestconfig.stash[OUTCOMES].append(outcome)
+        pytestconfig.stash[OUTCOMES].append(outcome)
+        return outcome
 
     return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    rates = config.stash[ROOFLINE]
+    machine_info["fastseq"] = {
+        "cpu": cpu(),
+        "instruction_set": native.instruction_set(),
+        "threads": config.option.threads,
+        "commit": commit(),
+        "versions": versions(),
+        "run": "smoke" if config.option.smoke else "representative" if config.option.representative else "full",
+        "roofline": rates if isinstance(rates, str) else asdict(rates),
+        "peers": [{"name": peer.name, "modes": peer.modes, "ours": peer.ours} for peer in PEERS],
+    }
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
@@ -118,5 +173,5 @@ def pytest_terminal_summary(terminalreporter, config):
         if config.option.smoke:
             terminalreporter.write_line("a smoke run, one round each: it shows that all works, not how fast\n")
         terminalreporter.write_line(
-            render(outcomes, config.option.threads, config.stash[ROOFLINE], terminalreporter.hasmarkup)
+            render(outcomes, config.option.threads, str(config.stash[ROOFLINE]), terminalreporter.hasmarkup)
         )

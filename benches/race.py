@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -35,18 +35,27 @@ RANDOM_RTOL, RANDOM_COUNT = 0.02, 100_000
 
 FULL = Effort(seconds=1.5, least_rounds=5, most_rounds=300)
 SMOKE = Effort(seconds=0, least_rounds=1, most_rounds=1)
+# Of the representative cases, so that all of them take ten minutes.
+BRIEF = Effort(seconds=0.4, least_rounds=5, most_rounds=300)
 
 
 @dataclass
 class Outcome:
-    """What a race found: median seconds a call by name, why others were absent, and the floor in seconds."""
+    """What a race found: median seconds a call by name, why others were absent, and the floor in seconds.
+
+    `quartiles` are the first and the third of each peer's ratios: of the two times of a turn, or, of a peer that was
+    timed alone, of its times over fastseq's median.
+    """
 
     op: str
     mode: str
     case: str
     served_by: str
+    flops: int
+    bytes: int
     floor: float | None
     seconds: dict[str, float] = field(default_factory=dict)
+    quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -92,8 +101,10 @@ def race(
     """
     training = mode == "training"
     job = job_of(case, training, threads)
-    floor = roofline.floor(case.flops(training), case.traffic(training)) if roofline else None
-    outcome = Outcome(op, mode, str(case), ", ".join(sorted(served_by(job.ours.layer))), floor)
+    flops, traffic = case.flops(training), case.traffic(training)
+    floor = roofline.floor(flops, traffic) if roofline else None
+    served = ", ".join(sorted(served_by(job.ours.layer)))
+    outcome = Outcome(op, mode, str(case), served, flops, sum(t.bytes for t in traffic), floor)
     with torch.set_grad_enabled(training):
         expected = exact(job)
         ours = enter(FASTSEQ, job, expected)
@@ -127,7 +138,17 @@ def race(
         return None
     outcome.seconds[FASTSEQ.name] = benchmark.stats.stats.median
     outcome.seconds.update({name: median(rounds_of) for name, rounds_of in times.items()})
+    own = benchmark.stats.stats.data
+    for name, rounds_of in times.items():
+        beside = own if name in others else [outcome.seconds[FASTSEQ.name]] * len(rounds_of)
+        outcome.quartiles[name] = quartiles([theirs / ours for theirs, ours in zip(rounds_of, beside, strict=True)])
     return outcome
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third; of a single value, that value."""
+    first, _, third = quantiles(values, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return first, third
 
 
 def job_of(case: Any, training: bool, threads: int) -> Job:

@@ -18,7 +18,7 @@ from fastseq import native
 WIDTH = 120
 BEST = "the best peer"
 OURS = {peer.name for peer in PEERS if peer.ours}
-PACKAGES = ("fastseq", "torch", "numba", "onnxruntime", "openvino")
+PACKAGES = ("fastseq", "torch", "numba", "onnxruntime", "openvino", "transformers")
 
 
 def render(outcomes: Sequence[Outcome], threads: int, roofline: str, color: bool) -> str:
@@ -39,7 +39,8 @@ def render(outcomes: Sequence[Outcome], threads: int, roofline: str, color: bool
                 console.print(f"[bold]{op}, {mode}[/]: time of each peer over fastseq's (above 1: fastseq is faster)")
                 console.print(_cases(of_both))
                 console.print(_means(of_both))
-    console.print(f"{_machine()}, {threads} threads; {_versions()}; commit {_commit()}", soft_wrap=True)
+    installed = ", ".join(f"{name} {number}" if number else f"no {name}" for name, number in versions().items())
+    console.print(f"{cpu()}, {threads} threads; {installed}; commit {commit()}", soft_wrap=True)
     served_by = ", ".join(sorted({outcome.served_by for outcome in outcomes}))
     console.print(f"fastseq's layers served by {served_by} ({native.instruction_set()}); roofline {roofline}")
     return out.getvalue().rstrip()
@@ -98,23 +99,25 @@ def _ratio(ratio: float) -> str:
     return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]"
 
 
-def _machine() -> str:
+def cpu() -> str:
     from cpuinfo import get_cpu_info  # pytest-benchmark's own source for this; takes a second
 
     return get_cpu_info().get("brand_raw", "an unknown CPU")
 
 
-def _versions() -> str:
-    found = []
-    for package in PACKAGES:
+def versions() -> dict[str, str | None]:
+    """Of all that may race, None if it is not installed."""
+
+    def found(package: str) -> str | None:
         try:
-            found.append(f"{package} {version(package)}")
+            return version(package)
         except PackageNotFoundError:
-            found.append(f"no {package}")
-    return ", ".join(found)
+            return None
+
+    return {package: found(package) for package in PACKAGES}
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
