@@ -1,4 +1,5 @@
-"""What a machine with an NVIDIA GPU has to say: builds, tests on the GPU, then races, into one folder as JSON.
+"""What a machine with an NVIDIA GPU has to say: builds, tests on the GPU, compute-sanitizer on the CUDA kernels where
+that is installed, then races, into one folder as JSON.
 
 `make gpu-check OUT=folder`. It needs no network and writes nowhere else. With `--dry` and without a GPU it shows that
 all that would run imports, collects and computes: tests are collected, and races are run once, small, on the CPU.
@@ -13,6 +14,8 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,11 +36,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "no NVIDIA GPU that torch can use: nothing is measured"
 NEEDED = ("setuptools", "ninja", "numpy", "pytest", "hypothesis", "expecttest", "rich", "triton")
 OURS = "fastseq"
+BY_NAME = ("triton", "cuda")  # implementations of recurrent layers that race beside the one that serves
 SEED = 5
 
 WARM_UP_CALLS = 3
 ROUNDS, SECONDS = 100, 1.0  # the most rounds, and about how long a contestant is timed
 COPIES_OF_L2 = 3
+SANITIZERS = ("memcheck", "racecheck")
+KERNELS = "kns=ward_steps"  # forward_steps and backward_steps: what compute-sanitizer looks at, and torch's not
+SANITIZER_SECONDS, FOUND = 180, 99  # the longest that one may take, and how it exits if it has found something
 # How much larger than the best contestant's an error may be, and what counts as none, in steps of the dtype.
 WORSE, NOTHING = 2.0, 4.0
 
@@ -250,7 +257,26 @@ class Layer:
 
         theirs = self._layer(device)
         ours = fastseq.accelerate(copy.deepcopy(theirs))
-        return {OURS: partial(self._call, ours), "torch": partial(self._call, theirs)}
+        by_name = {f"{OURS} {name}": partial(self._by_name, name, ours) for name in BY_NAME if self.is_recurrent}
+        return {OURS: partial(self._call, ours), **by_name, "torch": partial(self._call, theirs)}
+
+    def _by_name(self, implementation: str, layer: nn.Module, inputs: list[Tensor]) -> Call:
+        import fastseq
+        from fastseq.registry import OPS
+
+        op = OPS["rnn_tanh" if self.kind == "RNN" else self.kind.lower()]
+        impl = next((impl for impl in op.impls if impl.name == implementation), None)
+        if impl is None:
+            raise AbsentError(f"{op.name} has none")
+        if (reason := op.reason_against(impl, inputs[0].device.type, self.dtype)) is not None:
+            raise AbsentError(reason)
+        call = self._call(layer, inputs)
+
+        def call_by_name() -> Sequence[Tensor]:
+            with fastseq.use_backend(implementation):
+                return call()
+
+        return call_by_name
 
     def exact(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         wide = copy.deepcopy(self._layer(str(inputs[0].device))).double()
@@ -409,6 +435,8 @@ def cases() -> list[Case]:
         for kind in ("LSTM", "GRU", "RNN"):
             for dtype in (torch.bfloat16, torch.float32):
                 both += [Layer(kind, B, 512, H, H, dtype, training) for H in (256, 512, 768, 1024) for B in (1, 16, 64)]
+        # Those for which torch takes cuDNN's persistent kernels.
+        both += [Layer("LSTM", B, 512, H, H, torch.float16, training) for H in (256, 512, 1024) for B in (16, 64)]
     return [*both, Attention(16, 32, 8192, 128, queries=1)]
 
 
@@ -418,6 +446,7 @@ class Outcome:
     case: str
     served_by: str
     median_seconds: dict[str, float] = field(default_factory=dict)
+    microseconds_a_step: dict[str, float] = field(default_factory=dict)  # of a recurrent layer
     absent: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)  # of root mean squares, over those of the exact results
 
@@ -428,6 +457,8 @@ def race(case: Case, device: str) -> Outcome:
     Raises:
         AssertionError: fastseq's results are further from the exact ones than anyone's should be.
     """
+    from fastseq import BackendError
+
     torch.manual_seed(0)
     inputs = case.inputs(device)
     outcome = Outcome(case.op, describe(case), served_by(case, device))
@@ -440,9 +471,10 @@ def race(case: Case, device: str) -> Outcome:
         except torch.OutOfMemoryError:
             outcome.absent[name] = "out of memory"
         except Exception as error:
-            if name == OURS:
+            if name.startswith(OURS) and not isinstance(error, (AbsentError, BackendError)):
                 raise
-            outcome.absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+            kind = "" if isinstance(error, AbsentError) else f"{type(error).__name__}: "
+            outcome.absent[name] = f"{kind}{str(error).strip().splitlines()[0][:100]}"
         else:
             outcome.errors[name] = max(
                 ((got.to(want.dtype) - want).norm() / want.norm().clamp(min=1e-30)).item()
@@ -452,12 +484,18 @@ def race(case: Case, device: str) -> Outcome:
         if device == "cuda":
             torch.cuda.empty_cache()
     # Dropout's other draws are no errors.
-    others = [error for name, error in outcome.errors.items() if name != OURS and not getattr(case, "dropout", 0)]
-    allowed = max(WORSE * min(others, default=0.0), NOTHING * torch.finfo(case.dtype).eps)
-    assert outcome.errors[OURS] <= allowed, f"{outcome.case}: an error of {outcome.errors[OURS]:.1e}, not {allowed:.1e}"
+    peers = [n for n in outcome.errors if not n.startswith(OURS) and not getattr(case, "dropout", 0)]
+    least = min((outcome.errors[name] for name in peers), default=0.0)
+    allowed = max(WORSE * least, NOTHING * torch.finfo(case.dtype).eps)
+    for name, error in outcome.errors.items():
+        assert not name.startswith(OURS) or error <= allowed, (
+            f"{outcome.case}: {name} has an error of {error:.1e}, not {allowed:.1e}"
+        )
     if device == "cuda":
         del expected
         outcome.median_seconds = clock(makers, case, inputs)
+        if isinstance(case, Layer) and case.is_recurrent:
+            outcome.microseconds_a_step = {name: 1e6 * s / case.T for name, s in outcome.median_seconds.items()}
     return outcome
 
 
@@ -552,22 +590,32 @@ def environment(out: Path) -> dict[str, str]:
     }
 
 
-def run(what: str, command: list[str], out: Path, **more: str) -> None:
-    """Runs a step, with its output in a file, and ends everything where it fails."""
+def exit_of(what: str, command: list[str], out: Path, **more: str) -> int:
+    """Runs a step, with its output in a file."""
     log = out / f"{what}.log"
     print(f"{what}, see {log}", flush=True)
     with log.open("w") as file:
-        command = [sys.executable, *command]
         done = subprocess.run(
             command, cwd=ROOT, env={**environment(out), **more}, stdout=file, stderr=subprocess.STDOUT
         )
-    if done.returncode:
+    return done.returncode
+
+
+def run(what: str, command: list[str], out: Path, **more: str) -> None:
+    """Runs a step of this Python's and ends everything where it fails."""
+    if exit_of(what, [sys.executable, *command], out, **more):
+        log = out / f"{what}.log"
         print("".join(log.read_text().splitlines(keepends=True)[-20:]))
         sys.exit(f"{what} failed, see {log}")
 
 
-def build(out: Path) -> None:
+def build(out: Path, dry: bool) -> None:
+    """The extension, with CUDA kernels for this machine's GPU."""
     base = str(out / "build")
+    more = {}
+    if not dry:
+        major, minor = torch.cuda.get_device_capability()
+        more = dict(FASTSEQ_REQUIRE="cpp,cuda", TORCH_CUDA_ARCH_LIST=f"{major}.{minor}")
     Path(base).mkdir(parents=True, exist_ok=True)
     run(
         "build",
@@ -584,27 +632,68 @@ def build(out: Path) -> None:
             str(out / "lib"),
         ],
         out,
+        **more,
     )
 
 
-def race_all(out: Path, dry: bool) -> None:
+def small_steps() -> None:
+    """What compute-sanitizer watches: small layers by the CUDA kernels, forward and backward."""
+    import fastseq
+    from fastseq.ops.gru import GRU
+    from fastseq.ops.lstm import LSTM
+    from fastseq.ops.recurrent import SELF_CHECK_CASES
+    from fastseq.ops.rnn import RNN_RELU, RNN_TANH
+
+    signal.alarm(SANITIZER_SECONDS)  # that ends it
+    with fastseq.use_backend("cuda"), torch.autograd.set_multithreading_enabled(False):
+        for op in (LSTM, GRU, RNN_TANH, RNN_RELU):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for case in SELF_CHECK_CASES:
+                    arguments = case.arguments(op, "cuda", dtype)
+                    op(arguments._replace(x=arguments.x.requires_grad_())).y.sum().backward()
+        torch.cuda.synchronize()
+
+
+def sanitize(out: Path) -> dict[str, str]:
+    """What each of compute-sanitizer's tools has to say of the CUDA kernels."""
+    found = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    if found is None:
+        return dict.fromkeys(SANITIZERS, "compute-sanitizer is not there")
+    options = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
+    flag = next((flag for flag in ("--kernel-name", "--kernel-regex") if flag in options), None)  # new and old name
+    watch = [found, "--error-exitcode", str(FOUND), *([flag, KERNELS] if flag else [])]
+    verdicts = {}
+    for tool in SANITIZERS:
+        code = exit_of(tool, [*watch, "--tool", tool, sys.executable, __file__, "--small-steps"], out)
+        verdicts[tool] = {0: "clean", FOUND: f"found errors, see {tool}.log"}.get(
+            code, f"no verdict (exit {code}), see {tool}.log"
+        )
+    return verdicts
+
+
+def race_all(out: Path, dry: bool, only: str) -> None:
     """Runs in a process of its own, which imports what was built."""
     device = "cpu" if dry else "cuda"
     outcomes, wrong = [], []
-    for case in dict.fromkeys(case.small() for case in cases()) if dry else cases():
+    chosen = [case for case in cases() if only in f"{case.op} {describe(case)}"]
+    for case in dict.fromkeys(case.small() for case in chosen) if dry else chosen:
         try:
-            outcome = race(case, device)
+            with torch.autograd.set_multithreading_enabled(False):  # backward, too, is to see what use_backend says
+                outcome = race(case, device)
         except AssertionError as error:  # a result: it is named, and the others still race
             wrong.append(str(error))
             continue
         outcomes.append(asdict(outcome))
         ours = outcome.median_seconds.get(OURS)
         ratios = [f"{n} {t / ours:.2f}" for n, t in outcome.median_seconds.items() if ours and n != OURS]
+        absent = [f"{n} is absent: {reason}" for n, reason in outcome.absent.items()]
         print(
-            f"{case.op} {outcome.case}: {outcome.served_by}; times over fastseq's: {', '.join(ratios) or '-'}",
+            f"{case.op} {outcome.case}: {outcome.served_by}; times over fastseq's:",
+            "; ".join([", ".join(ratios) or "-", *absent]),
             flush=True,
         )
-    results = dict(facts=facts(), wrong=wrong, races=[] if dry else outcomes)
+    verdicts = json.loads((out / "sanitizers.json").read_text())
+    results = dict(facts=facts(), sanitizers=verdicts, wrong=wrong, races=[] if dry else outcomes)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     if wrong:
         sys.exit("\n".join(["wrong results:", *wrong]))
@@ -613,12 +702,17 @@ def race_all(out: Path, dry: bool) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="the folder for everything that is written")] = Path("out/gpu-check"),
     dry: Annotated[bool, typer.Option(help="without a GPU: see that everything could run")] = False,
-    races: Annotated[bool, typer.Option(hidden=True)] = False,
+    only: Annotated[str, typer.Option(help="races with this in their descriptions, such as 'LSTM B=16'")] = "",
+    races: Annotated[bool, typer.Option("--races", hidden=True)] = False,
+    small: Annotated[bool, typer.Option("--small-steps", hidden=True)] = False,
 ) -> None:
     """Builds fastseq, runs its tests on the GPU, and races it against torch."""
     out = out.resolve()
+    if small:
+        small_steps()
+        return
     if races:
-        race_all(out, dry)
+        race_all(out, dry, only)
         return
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
@@ -628,10 +722,13 @@ def main(
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         sys.exit(f"Python packages that are not there: {', '.join(missing)}")
     out.mkdir(parents=True, exist_ok=True)
-    build(out)
+    build(out, dry)
     tests = ["-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider", "-q"]
-    run("tests", [*tests, *(["--collect-only"] if dry else [])], out, FASTSEQ_REQUIRE="" if dry else "triton")
-    run("races", [__file__, "--races", "--out", str(out), *(["--dry"] if dry else [])], out)
+    run("tests", [*tests, *(["--collect-only"] if dry else [])], out, FASTSEQ_REQUIRE="" if dry else "triton,cuda")
+    verdicts = dict.fromkeys(SANITIZERS, "a dry run") if dry else sanitize(out)
+    (out / "sanitizers.json").write_text(json.dumps(verdicts))
+    run("races", [__file__, "--races", "--out", str(out), "--only", only, *(["--dry"] if dry else [])], out)
+    print("; ".join(f"{tool}: {verdict}" for tool, verdict in verdicts.items()))
     print(f"nothing was measured: a dry run, in {out}" if dry else f"results in {out / 'results.json'}")
 
 

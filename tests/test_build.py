@@ -1,4 +1,4 @@
-"""What `setup.py` builds and what it says it left out, of sources as small as can be."""
+"""What `setup.py` builds and what it says it left out, of sources as small as can be; the build of the emulator."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import require_native
+from emulator import build as emulator
 
 ROOT = Path(__file__).parent.parent
 MODULE = "#include <Python.h>\nPyMODINIT_FUNC PyInit__native() { return nullptr; }\n"
@@ -77,3 +78,27 @@ def test_a_kernel_that_does_not_compile_costs_the_cuda_kernels_only(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert NO_CUDA in done.stderr
     assert b"nv_fatbin" not in native(tmp_path)
+
+
+def test_emulator_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler to build the emulator with \(no-such-compiler\)"):
+        emulator.library()
+
+
+def test_emulator_is_built_once_for_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "csrc/cuda/one.cu"
+    source.parent.mkdir(parents=True)
+    source.write_text('extern "C" int one() { return 1; }')
+    places = dict(ROOT=".", CSRC="csrc", CACHE="cache", HERE="emulator")
+    for name, place in places.items():
+        monkeypatch.setattr(emulator, name, tmp_path / place)
+    first = emulator.library()
+    made = first.stat().st_mtime_ns
+    assert emulator.library() == first and first.stat().st_mtime_ns == made
+    source.write_text('extern "C" int one() { return 2; }')
+    assert emulator.library() != first
+    source.write_text("wrong")
+    with pytest.raises(RuntimeError, match=r"failed:\n[^$]*wrong"):
+        emulator.library()
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
