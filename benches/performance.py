@@ -34,13 +34,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; columns from `numbers` on are numbers."""
+    """Rows of cells; columns from `numbers` on are numbers, but for the last `words`."""
 
     name: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     numbers: int = 1
+    words: int = 0
     folded: str = ""  # in Markdown, a line to click on
+
+    def numeric(self, column: int) -> bool:
+        return self.numbers <= column < len(self.columns) - self.words
 
 
 @dataclass(frozen=True)
@@ -121,22 +125,22 @@ def every_case(run: Run) -> Section:
             Cell(race.family),
             Cell(race.name),
             Cell(race.mode),
-            Cell(race.served_by),
             milliseconds(race.seconds),
             *(ratio(race, peer, run) for peer in run.peers),
             share(race),
+            Cell(race.served_by),
         ]
         for family in run.families
         for race in run.races
         if race.family == family
     ]
-    columns = ("family", "case", "mode", "served by", "fastseq ms", *map(title, run.peers), "of the limit")
+    columns = ("family", "case", "mode", "fastseq ms", *map(title, run.peers), "of the limit", "served by")
     text = (
         "Marks are ratios of median times; a line goes from the first to the third quartile of the ratios of single"
         f" turns, which are of the same moment. {len(rows)} races in all."
     )
     label = "Ratios of each peer in each case, with quartiles"
-    table = Table("cases", columns, rows, numbers=4, folded="All races as a table")
+    table = Table("cases", columns, rows, numbers=3, words=1, folded="All races as a table")
     return Section("Every case", [text], [Figure("ratios", label, plots.ratios(run))], [table])
 
 
@@ -361,7 +365,7 @@ def introduction(run: Run) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    rule = ["---" if k < table.numbers else "--:" for k in range(len(table.columns))]
+    rule = ["--:" if table.numeric(k) else "---" for k in range(len(table.columns))]
     rows = [table.columns, rule, *([cell.text for cell in row] for row in table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -394,7 +398,7 @@ def prose(text: str) -> str:
 
 def html_table(table: Table, caption: str) -> str:
     head = "".join(
-        f'<th scope="col"{_numeric(table, k)}><button type="button">{html.escape(name)}</button></th>'
+        f'<th scope="col"{aligned(table, k)}><button type="button">{html.escape(name)}</button></th>'
         for k, name in enumerate(table.columns)
     )
     rows = "\n".join(
@@ -409,19 +413,23 @@ def html_table(table: Table, caption: str) -> str:
 def html_cell(table: Table, column: int, cell: Cell) -> str:
     value = "" if cell.value is None else f' data-value="{cell.value:.6g}"'
     note = f" <small>{html.escape(cell.note)}</small>" if cell.note else ""
-    return f"<td{_numeric(table, column)}{value}>{html.escape(cell.text)}{note}</td>"
+    return f"<td{aligned(table, column)}{value}>{html.escape(cell.text)}{note}</td>"
 
 
-def _numeric(table: Table, column: int) -> str:
-    return ' class="number"' if column >= table.numbers else ""
+def aligned(table: Table, column: int) -> str:
+    return ' class="number"' if table.numeric(column) else ""
+
+
+def takes_part(run: Run, peer: str, mode: str) -> bool:
+    """Whether a peer has results in a mode, or would have if it were installed."""
+    able = any(mode in known["modes"] for known in run.machine["peers"] if known["name"] == peer)
+    races = [race for race in run.races if race.mode == mode]
+    return able and (run.mean(races, peer) is not None or run.why_not(races, peer) == "not installed")
 
 
 def for_readme(run: Run, docs: str) -> str:
     """The README's part: the plot and the means of those who race in inference and in training."""
-    whom = [peer for peer in run.rivals if run.missing(peer) == "not installed" or run.mean(run.races, peer)]
-    by_mode = {
-        mode: [p["name"] for p in run.machine["peers"] if mode in p["modes"] and p["name"] in whom] for mode in MODES
-    }
+    by_mode = {mode: [peer for peer in run.rivals if takes_part(run, peer, mode)] for mode in MODES}
     columns = ["family", *(f"{mode}: {title(peer)}" for mode, names in by_mode.items() for peer in names)]
     rows = [
         [Cell(family), *(mean(run, run.of(family, mode), peer) for mode, names in by_mode.items() for peer in names)]

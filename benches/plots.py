@@ -108,19 +108,25 @@ def inline(svg: str, name: str, label: str) -> str:
 
 def ratio_axis(axes: Any, label: str = "time of a peer / fastseq's") -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color=INK, linewidth=1, zorder=1)
     axes.set_xlabel(label)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
 
 
 def names_of(axes: Any, names: Sequence[str]) -> None:
     """A row for each name, from top to bottom."""
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
+
+
+def note(axes: Any, text: str, at: tuple[float, float], **options: Any) -> None:
+    """A word just above a point."""
+    axes.annotate(text, at, (3, 2), textcoords="offset points", fontsize=8, va="bottom", **options)
 
 
 def log_axes(axes: Any, both: bool = True) -> None:
@@ -188,13 +194,14 @@ def ratios(run: Run) -> Any:
         rows += dict.fromkeys((race.name, family) for race in run.races if race.family == family)
     place = {row: y for y, row in enumerate(rows)}
     whom = raced(run.races, run.peers)
-    fig, panels = plt.subplots(1, 2, sharex=True, sharey=True, figsize=(10, 1.2 + 0.2 * len(rows)), squeeze=False)
-    margins(fig, 3.5, 0.2, 0.62, 0.48, wspace=0.06)
+    fig, panels = plt.subplots(1, 2, sharex=True, sharey=True, figsize=(10, 1.45 + 0.2 * len(rows)), squeeze=False)
+    margins(fig, 3.5, 0.2, 0.85, 0.48, wspace=0.06)
     for axes, mode in zip(panels[0], MODES, strict=True):
         for race in run.races:
             y = place[race.name, race.family]
-            for k, who in enumerate(who for who in whom if who in race.ratios and race.mode == mode):
-                shifted = y + 0.1 * (k % 3 - 1)
+            racing = [who for who in whom if who in race.ratios and race.mode == mode]
+            for k, who in enumerate(racing):
+                shifted = y + 0.13 * (k - (len(racing) - 1) / 2)
                 low, high = race.quartiles[who]
                 axes.plot([low, high], [shifted, shifted], color=look(who)[0], linewidth=1.2, zorder=2)
                 dot(axes, race.ratios[who], shifted, who, markersize=4.5)
@@ -203,6 +210,7 @@ def ratios(run: Run) -> Any:
         for y, (_, family) in enumerate(rows):
             if family is None:
                 axes.axhspan(y - 0.5, y + 0.5, color=FAINT, alpha=0.25, linewidth=0)
+        axes.tick_params(labeltop=True)  # the figure is long
     names_of(panels[0][0], [name for name, _ in rows])
     for label, (_, family) in zip(panels[0][0].get_yticklabels(), rows, strict=True):
         label.set_fontweight("normal" if family else "bold")
@@ -228,34 +236,21 @@ def roofline(run: Run) -> Any:
     log_axes(left)
     if isinstance(rates, dict):
         (low, high), peak = left.get_xlim(), rates["gflops"]
+        low /= 3  # room for the names of the roofs
         for level, rate in rates["gb_per_s"].items():
-            ridge = peak / rate
-            left.plot([low, max(low, ridge)], [low * rate, peak], color=FAINT, linewidth=1, zorder=0)
-            left.annotate(
-                level,
-                (low, low * rate),
-                (3, 2),
-                textcoords="offset points",
-                fontsize=8,
-                va="bottom",
-                annotation_clip=True,
-            )
+            left.plot([low, peak / rate], [low * rate, peak], color=FAINT, linewidth=1, zorder=0)
+            note(left, level, (low, low * rate), ha="left")
         left.plot([low, high], [peak, peak], color=INK, linewidth=1, zorder=0)
-        left.annotate(
-            f"{peak:.0f} GFLOP/s, multiply-add",
-            (high, peak),
-            (0, 3),
-            textcoords="offset points",
-            fontsize=8,
-            ha="right",
-        )
         left.set_xlim(low, high)
-        left.set_ylim(top=peak * 1.6)
+        left.set_ylim(top=max(left.get_ylim()[1], peak) * 1.5)
+        note(left, f"multiply-adds: {peak:.0f} GFLOP/s", (low, peak), ha="left")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.set_xlabel("FLOP / byte, at least")
     left.set_ylabel("GFLOP/s")
     left.set_title("fastseq under the machine's roof", fontweight="bold")
     right.set_title("share of the limit", fontweight="bold")
-    right.set_xlim(0, 100)
+    right.set_xlim(0, max(100.0, *right.get_xlim()))  # a busy machine's rates come out too low
     right.axvline(60, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     right.set_xlabel("% of the limit (filled: inference, hollow: training)")
     names_of(right, families)
@@ -373,8 +368,9 @@ def first_calls(run: Run) -> Any:
         for part, color in PARTS.items():
             axes.barh(y, found.get(part, 0), left=start, height=0.62, color=color)
             start += found.get(part, 0)
-        axes.text(start, y, f" {found.get('absent') or f'{start:.1f}'}", va="center", fontsize=8)
-    axes.set_xlabel("seconds from the start of Python to the first result")
+        said = found.get("absent") or f"{start:.1f}"
+        axes.annotate(said, (start, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_xlabel("seconds from the first import to the first result")
     names_of(axes, [name for name, _ in rows])
     handles = [Line2D([], [], linestyle="", marker="s", color=color, label=part) for part, color in PARTS.items()]
     fig.legend(handles=handles, loc="upper center", ncol=3, handletextpad=0.2)

@@ -95,8 +95,8 @@ class Run:
 
     @property
     def peers(self) -> list[str]:
-        """Everyone that fastseq can race against, whether they did or not."""
-        return [peer["name"] for peer in self.machine["peers"]]
+        """Everyone that fastseq can race against, whether they did or not; fastseq itself, otherwise, comes last."""
+        return [*self.rivals, *(peer["name"] for peer in self.machine["peers"] if peer["name"] not in self.rivals)]
 
     @property
     def rivals(self) -> list[str]:
