@@ -11,7 +11,7 @@ DONE    := $(VENV)/.installed$(if $(NO_EXT),-no-ext)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test lint bench bench-full bench-smoke report gpu-aot cuda-check gpu-check clean
+.PHONY: demo test lint bench bench-full bench-smoke bench-guard bench-compare report gpu-aot cuda-check gpu-check clean
 
 demo: $(DONE)  ## train and run a character-level LSTM, as it is and accelerated
 	$(BIN)/python examples/char_lm.py
@@ -40,6 +40,12 @@ bench-smoke: $(VENV)/.bench
 report: $(VENV)/.bench  ## docs/performance.md with its figures, docs/performance.html and the README's results
 	$(BIN)/python benches/performance.py out/bench.json
 
+bench-guard: $(DONE)  ## instructions of key kernels, counted by valgrind, against those on record; UPDATE=1 records
+	$(BIN)/python benches/instructions.py $(if $(filter-out 0,$(UPDATE)),--update)
+
+bench-compare: $(DONE)  ## this version's speed against that of BASE, a git ref; CASES=text: cases that have it in their name
+	$(BIN)/python benches/compare.py $(if $(CASES),--cases '$(CASES)') -- $(BASE)
+
 gpu-aot: $(DONE)  ## Triton kernels compiled for GPUs that need not be here, in every configuration: 5 minutes
 	$(BIN)/python tests/aot.py
 
@@ -52,6 +58,7 @@ gpu-check:  ## tests and races on an NVIDIA GPU, all files into OUT; DRY=1 witho
 
 clean:
 	rm -rf $(VENV) build out fastseq/*.so *.egg-info
+	-git worktree prune  # out/ may have held bases of bench-compare
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

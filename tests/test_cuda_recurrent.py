@@ -202,6 +202,13 @@ def test_what_lies_past_a_length_is_never_read(op: Recurrent, P: int, maker: str
     assert torch.equal(clean[1][:, 1], grads[1][:, 1])  # of h_n, nothing else reaches this row's h0
 
 
+def test_lengths_are_checked_where_nobody_else_has() -> None:
+    arguments = Case(4, 3, 6, 12).arguments(LSTM, "cpu", torch.float32)
+    arguments = arguments._replace(lengths=torch.tensor([1, 5, 2]))
+    with pytest.raises(ValueError, match="lstm: lengths must be between 0 and T=4, got 1 to 5"):
+        kernel(LSTM, "stand-in").forward(*arguments.saving(False))
+
+
 @each_maker
 @pytest.mark.parametrize(("op", "given"), [*((op, "h0") for op in OPS), (LSTM, "c0")], ids=name_of)
 def test_one_state_given_and_gradients_nobody_sends(op: Recurrent, given: str, maker: str) -> None:
