@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import recurrent_stand_in
 import torch
-from conftest import assert_no_worse, require_native
+from conftest import assert_no_worse, require, require_native
 from test_recurrent_ops import OPS, assert_gradients, each_op, expected, flat, name_of, needs_all
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import CASES, PROJECTION_CASES, Arguments, Case, Outputs, Recurrent, grads_like, running
 from fastseq.ops.recurrent_cuda import Steps
 from fastseq.ops.recurrent_steps import CELLS, implementation
-from fastseq.registry import BackendError, Impl, Kernel
+from fastseq.registry import BackendError, Impl, Kernel, kernels_called
 
 
 @functools.cache
@@ -365,3 +365,16 @@ def test_the_emulator_serves_the_cpu_by_name(op: Recurrent, monkeypatch: pytest.
             outputs = op(arguments)
             found.append([*outputs[:2], *torch.autograd.grad(outputs.y.sum(), arguments.weights)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_backward_in_autograds_thread_is_served_by_what_was_asked_for() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    require(LSTM.table, next(impl for impl in LSTM.table.impls if impl.name == "cuda"), "cuda", torch.float32)
+    layer = fastseq.nn.LSTM(8, 16).cuda()
+    with kernels_called() as called:
+        with fastseq.use_backend("cuda"):
+            y, _ = layer(torch.randn(4, 3, 8, device="cuda"))
+        y.sum().backward()
+    assert called == {"cuda"}

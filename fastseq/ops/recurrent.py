@@ -5,6 +5,7 @@ input. Formulas are in `fastseq.reference`.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from types import ModuleType
@@ -27,7 +28,7 @@ from fastseq.ops.contract import (
     widened,
 )
 from fastseq.ops.recurrent_steps import CELLS, allows_tf32
-from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
+from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register, requested_backend, use_backend
 
 
 class Arguments(NamedTuple):
@@ -480,6 +481,7 @@ class _Function(torch.autograd.Function):
         with below_autograd():
             outputs = Outputs(*compute(*arguments.saving(True)))
         ctx.op, ctx.plain, ctx.bidirectional = op, plain, bidirectional
+        ctx.backend = requested_backend()
         y = outputs.y
         if plain:
             # Backward needs y, which the caller may change in place, as after torch's modules. So it is saved without
@@ -512,7 +514,10 @@ class _Function(torch.autograd.Function):
             if ctx.plain and ctx.version_of_y._version != ctx.version:
                 y = ctx.op._forward(*arguments.saving(False))[0]
             compute = ctx.op._backward if ctx.plain and is_plain(x, *weights, *grads) else ctx.op._backward_op
-            *ours, dweights = compute(*grads, *arguments, y, gates, cells, needs)
+            # On a GPU, autograd calls this in a thread of its own, which nobody has asked for anything.
+            asked = ctx.backend if x.device.type == "cuda" else None
+            with use_backend(asked) if asked and requested_backend() is None else nullcontext():
+                *ours, dweights = compute(*grads, *arguments, y, gates, cells, needs)
             found = [g if need else None for g, need in zip([*ours, *dweights], needs, strict=True)]
         return None, None, *found[:3], None, None, None, None, *found[3:]
 
