@@ -5,7 +5,8 @@ case when it is told to: the two take turns, round by round, in random order, so
 machine hits both. Their results are compared first. What counts is the median over the rounds of this version's time
 over the base's.
 
-Both run the cases of this version's benches. One that the base cannot run is shown as "not in base".
+Each runs the cases of its own benches, which fit it; those of the same name are compared. One that the base does not
+have, or cannot run, is shown as "not in base". Where results differ, so may the case.
 """
 
 import json
@@ -266,8 +267,8 @@ def main(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     commit, folder = checked_out(base)
     build(folder)
-    selection = [] if cases is None else ["--cases", cases]
-    ours, theirs = (Version(name, root, threads, selection) for name, root in ((THIS, ROOT), (BASE, folder)))
+    ours = Version(THIS, ROOT, threads, [] if cases is None else ["--cases", cases])
+    theirs = Version(BASE, folder, threads, [])
     if ours.failed:
         sys.exit("\n".join(f"{module} cannot be imported: {why}" for module, why in ours.failed.items()))
     wanted = [case for case in ours.cases if cases is not None or case in HANDFUL]

@@ -1,7 +1,10 @@
-"""One version of fastseq that runs the cases of these benches as compare.py tells it: `python one_version.py ROOT 2`.
+"""One version of fastseq that runs its own benches' cases as compare.py tells it: `python one_version.py ROOT 2`.
 
-It imports fastseq from ROOT and gets a JSON object a line on stdin, to which it answers with one on stdout, or with
-{"error": ...}. The first it says unasked: which fastseq it has, and the cases. What else is printed goes to stderr.
+It takes fastseq and the benches from ROOT. It gets a JSON object a line on stdin and answers with one on stdout, or
+with {"error": ...}. The first it says unasked: which fastseq it has, and the cases. All else that is printed goes to
+stderr.
+
+Nothing of how calls are timed is the version's own.
 """
 
 import gc
@@ -18,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 
+SEED = 5  # of what is drawn
+WARM_UP_CALLS, WARM_UP_S = 3, 0.05
 # Before a round: the caches are the other version's, and its threads may still spin.
 SETTLE_S = 2e-3
 
@@ -46,8 +51,8 @@ class Runner:
 
     def prepare(self, nodeid: str, results: str) -> dict[str, Any]:
         """Makes the call, keeps its results in a file and warms it up; tells about how many seconds it takes."""
-        from peers import SEED, call_of, served_by
-        from race import WARM_UP_CALLS, WARM_UP_S, clock, job_of
+        import peers  # the version's
+        import race
 
         self.drop()
         raced: list[tuple[str, str, Any]] = []
@@ -55,14 +60,15 @@ class Runner:
         item.obj(**item.callspec.params, race=lambda *case: raced.append(case))
         [(op, mode, case)] = raced
         torch.set_grad_enabled(mode == "training")
-        job = job_of(case, mode == "training", self.threads)
-        self.call = call_of(job.ours.layer, job.ours)
+        job = race.job_of(case, mode == "training", self.threads)
+        self.call = peers.call_of(job.ours.layer, job.ours)
         torch.manual_seed(SEED)
         torch.save([torch.as_tensor(result).detach() for result in self.call()], results)
-        tries = [clock(self.call, 1) for _ in range(WARM_UP_CALLS)]
+        tries = [self.clock(1) for _ in range(WARM_UP_CALLS)]
         until = time.perf_counter() + WARM_UP_S
         while time.perf_counter() < until:
-            tries.append(clock(self.call, 1))
+            tries.append(self.clock(1))
+        served_by = getattr(peers, "served_by", lambda layer: ["?"])
         return dict(
             op=op,
             mode=mode,
@@ -70,30 +76,36 @@ class Runner:
             seconds=min(tries),
             served_by=", ".join(sorted(served_by(job.ours.layer))),
             names=job.ours.names,
-            tolerance=job.ours.tolerance,
-            random=job.random,
+            tolerance=getattr(job.ours, "tolerance", 1.0),
+            random=getattr(job, "random", False),
         )
 
     def round(self, loops: int) -> dict[str, Any]:
-        from race import clock
-
         until = time.perf_counter() + SETTLE_S
         self.call()
         while time.perf_counter() < until:
             self.call()
-        return dict(seconds=clock(self.call, loops))
+        return dict(seconds=self.clock(loops))
 
     def drop(self) -> dict[str, Any]:
         self.call = None
         gc.collect()
         return {}
 
+    def clock(self, loops: int) -> float:
+        """Seconds a call."""
+        call = self.call
+        start = time.perf_counter()
+        for _ in range(loops):
+            call()
+        return (time.perf_counter() - start) / loops
+
 
 def take(root: Path) -> str:
     """Imports fastseq from this folder, whatever is installed. Returns the file that it came from."""
     # An editable installation would fill the gaps of one version with modules of another.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
-    sys.path.insert(0, str(root))
+    sys.path[0] = str(root)  # in place of this file's folder, whose benches are those of one version only
     fastseq = importlib.import_module("fastseq")
     with suppress(ImportError):  # a version without any
         importlib.import_module("fastseq.kernels").__path__.append(str(root / "kernels"))  # as setup.py maps them
@@ -104,9 +116,10 @@ def main(root: str, threads: str, *selection: str) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.set_num_threads(int(threads))
-    file, cases = take(Path(root)), Cases()
-    options = ["--collect-only", "-qq", "-p", "no:cacheprovider", *selection]
-    code = pytest.main([str(Path(__file__).parent), *options], plugins=[cases])
+    benches, file, cases = Path(root) / "benches", take(Path(root)), Cases()
+    # A series' points are cases like the others, at more sizes.
+    options = ["--collect-only", "-qq", "-p", "no:cacheprovider", f"--ignore={benches / 'bench_series.py'}"]
+    code = pytest.main([str(benches), *options, *selection], plugins=[cases])
     if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):  # conftest.py could not be imported
         sys.exit("pytest has collected nothing")
     runner = Runner(cases.items, int(threads))

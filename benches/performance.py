@@ -164,8 +164,11 @@ def behind(run: Run) -> Section:
     ]
     races = len({id(race) for _, race, _ in lost})
     of_torch = sum(peer == "torch" for _, _, peer in lost)
+    unsure = sum(race.quartiles[peer][1] > 1 for _, race, peer in lost)
     text = (
-        f"In {races} of {len(run.races)} races somebody is faster than fastseq; torch is in {of_torch or 'none'}."
+        f"In {races} of {len(run.races)} races somebody is faster than fastseq: torch in {of_torch or 'none'} of them;"
+        f" {title('numba')} counts, too. In {unsure or 'none'} of these {len(lost)} comparisons the quartiles lie on"
+        " both sides of 1."
         if lost
         else "Nobody is faster than fastseq in any case."
     )

@@ -151,9 +151,12 @@ del cross_entropy
 def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[compare.Version, compare.Version]]:
     """This one and a changed one: attention is wrong, cross entropy is missing."""
     root = tmp_path_factory.mktemp("base")
-    without_links = shutil.ignore_patterns("__pycache__", "triton", "numba")
-    for name in ("fastseq", "kernels"):
-        shutil.copytree(ROOT / name, root / name, ignore=without_links if name == "fastseq" else None)
+    links = shutil.ignore_patterns("__pycache__", "triton", "numba")  # where there are any, to kernels/
+    for name in ("fastseq", "kernels", "benches"):
+        shutil.copytree(ROOT / name, root / name, ignore=links if name == "fastseq" else None)
+    (root / "tests").mkdir()
+    for name in ("pyproject.toml", "tests/twins.py"):
+        shutil.copy(ROOT / name, root / name)
     with (root / "fastseq" / "functional.py").open("a") as file:
         file.write(CHANGES)
     with pytest.MonkeyPatch.context() as patch:
