@@ -50,7 +50,7 @@ class Runner:
         self.call: Any = None
 
     def prepare(self, nodeid: str, results: str) -> dict[str, Any]:
-        """Makes the call, keeps its results in a file and warms it up; tells about how many seconds it takes."""
+        """Makes the call, keeps its results in a file, by name, and warms it up; tells about what it takes."""
         import peers  # the version's
         import race
 
@@ -63,19 +63,19 @@ class Runner:
         job = race.job_of(case, mode == "training", self.threads)
         self.call = peers.call_of(job.ours.layer, job.ours)
         torch.manual_seed(SEED)
-        torch.save([torch.as_tensor(result).detach() for result in self.call()], results)
+        found = zip(job.ours.names, self.call(), strict=True)
+        torch.save({name: torch.as_tensor(result).detach() for name, result in found}, results)
         tries = [self.clock(1) for _ in range(WARM_UP_CALLS)]
         until = time.perf_counter() + WARM_UP_S
         while time.perf_counter() < until:
             tries.append(self.clock(1))
-        served_by = getattr(peers, "served_by", lambda layer: ["?"])
+        served_by = getattr(peers, "served_by", lambda layer: ())
         return dict(
             op=op,
             mode=mode,
             case=str(case),
             seconds=min(tries),
             served_by=", ".join(sorted(served_by(job.ours.layer))),
-            names=job.ours.names,
             tolerance=getattr(job.ours, "tolerance", 1.0),
             random=getattr(job, "random", False),
         )
