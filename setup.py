@@ -21,8 +21,7 @@ CPU_FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-
 # No instruction that one architecture alone has (sm_90a) is used, and so PTX serves all that come later.
 CUDA_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall", "-Xfatbin=-compress-all"]
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
-# What can be left out, and by which names FASTSEQ_REQUIRE forbids it.
-PARTS = {"CUDA kernels": {"cuda"}, "the C++ extension": {"cuda", "cpp"}}
+PARTS = {"CUDA kernels": {"cuda"}, "the C++ extension": {"cuda", "cpp"}}  # and which names in FASTSEQ_REQUIRE need them
 
 
 def left_out(part: str, reason: object) -> dict:
@@ -38,22 +37,24 @@ def files(*patterns: str) -> list[str]:
 
 
 def with_cuda() -> dict:
-    """What to add to the extension for its CUDA kernels; LookupError says why they cannot be built."""
+    """What to add to the extension for its CUDA kernels, which use none of torch's CUDA; LookupError says why not."""
     from torch.utils import cpp_extension
     from torch.version import cuda
 
     if (asked := os.environ.get("FASTSEQ_CUDA")) == "0" or not (asked or cuda):
         raise LookupError("FASTSEQ_CUDA is 0" if asked else "torch is not a CUDA build")
-    on_path = Path(shutil.which("nvcc") or "/").resolve().parent.parent
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), on_path, "/usr/local/cuda") if home]
+    nvcc = Path(shutil.which("nvcc") or "/").resolve()
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), nvcc.parent.parent, "/usr/local/cuda") if home]
     if not (home := next((home for home in homes if (home / "include/cuda.h").exists()), None)):
         raise LookupError("CUDA's toolkit was not found: nvcc is not on PATH, and CUDA_HOME is not set")
     cpp_extension.CUDA_HOME = str(home)  # only CUDA builds of torch look for it
     known = subprocess.check_output([home / "bin/nvcc", "--list-gpu-code"], text=True).split()
     ours = ";".join(a for a in CUDA_ARCHITECTURES if f"sm_{a.replace('.', '')}" in known) + "+PTX"
-    wanted = re.split("[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ours)
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(a for a in wanted if not re.match(r"[1-7]\.", a))  # too old for these
-    # Nothing of torch's CUDA libraries is used, so one build serves with any of them.
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ours
+    served = [a for a in re.split("[ ;]+", wanted) if a and not re.match(r"[1-7]\.|Volta|Turing", a)]
+    if not served:
+        raise LookupError(f"TORCH_CUDA_ARCH_LIST names no GPU from sm_80 on: {wanted}")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(served)
     libraries = dict(library_dirs=[f"{home}/lib64", f"{home}/lib"], libraries=["cudart_static", "rt", "dl", "pthread"])
     return dict(sources=files("cuda/*.cpp", "cuda/*.cu"), include_dirs=[f"{home}/include"], **libraries)
 
@@ -85,8 +86,8 @@ def extension() -> dict:
                     left_out(part, error)
             self.extensions = []
 
-    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return dict(ext_modules=[native], cmdclass={"build_ext": OptionalBuild}, options=options)
+    wheel = {"py_limited_api": "cp310"}
+    return dict(ext_modules=[native], cmdclass={"build_ext": OptionalBuild}, options={"bdist_wheel": wheel})
 
 
 setup(

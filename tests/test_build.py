@@ -73,6 +73,12 @@ def test_cuda_kernels_beside_any_torch(tmp_path: Path, nvcc: None) -> None:
     assert b"libcudart.so" not in built and b"libtorch_cuda" not in built
 
 
+def test_no_gpu_that_is_new_enough(tmp_path: Path, nvcc: None) -> None:
+    done = build(tmp_path, FASTSEQ_CUDA="1", TORCH_CUDA_ARCH_LIST="7.0 Turing")
+    assert done.returncode == 0, done.stderr
+    assert f"{NO_CUDA}TORCH_CUDA_ARCH_LIST names no GPU from sm_80 on: 7.0 Turing" in done.stderr.splitlines()
+
+
 def test_a_kernel_that_does_not_compile_costs_the_cuda_kernels_only(tmp_path: Path, nvcc: None) -> None:
     done = build(tmp_path, KERNEL + "wrong", FASTSEQ_CUDA="1", FASTSEQ_REQUIRE="cpp", TORCH_CUDA_ARCH_LIST="9.0")
     assert done.returncode == 0, done.stderr

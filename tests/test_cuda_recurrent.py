@@ -8,6 +8,7 @@ import functools
 import importlib
 import itertools
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +237,24 @@ def test_only_needed_gradients(op: Recurrent) -> None:
         torch.testing.assert_close(some[wanted], full[wanted])
         state = wanted in (1, 2, 3, 4)  # both parts of a state come together
         assert all(not g.numel() for k, g in enumerate(some) if k != wanted and not (state and k in (1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize(("op", "P"), [*((op, 0) for op in OPS), (LSTM, 5)], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_autocast_around_it_changes_nothing(op: Recurrent, P: int, dtype: torch.dtype) -> None:
+    case = Case(3, 3, 6, 12, P=P, bidirectional=True, lengths=True, reset=True, reset_state=True)
+    arguments = case.arguments(op, "cpu", dtype)
+    of = kernel(op, "stand-in")
+    outputs = Outputs(*of.forward(*arguments.saving(True)))
+    grads = grads_like(outputs)
+    want = backward(of, arguments, outputs, grads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(of.forward(*arguments.saving(True)), outputs)
+        assert_equal(backward(of, arguments, outputs, grads), want)
+
+
+def assert_equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0, equal_nan=True)
 
 
 @each_maker

@@ -36,7 +36,9 @@ void launch_together(void (*kernel)(Arguments), int blocks, int threads, int sha
   check(cudaGetDevice(&before), "the current device");
   if (before != device) check(cudaSetDevice(device), "the device of the tensors");
   void* list[] = {&arguments};
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  // As much as any launch may take: another thread may be about to launch the same kernel with another plan.
+  const int most = chip_of(device).shared;
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error == cudaSuccess)
     error = cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), list, size_t(shared),
                                         static_cast<cudaStream_t>(stream));

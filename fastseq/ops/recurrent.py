@@ -511,12 +511,12 @@ class _Function(torch.autograd.Function):
 
             found = grads_through(forward, (x, h0, c0, *options[3:], *weights), (), needs, grads)
         else:
-            if ctx.plain and ctx.version_of_y._version != ctx.version:
-                y = ctx.op._forward(*arguments.saving(False))[0]
-            compute = ctx.op._backward if ctx.plain and is_plain(x, *weights, *grads) else ctx.op._backward_op
-            # On a GPU, autograd calls this in a thread of its own, which nobody has asked for anything.
+            # On a GPU, autograd calls this in a thread of its own, which knows no use_backend.
             asked = ctx.backend if x.device.type == "cuda" else None
-            with use_backend(asked) if asked and requested_backend() is None else nullcontext():
+            with use_backend(asked) if asked else nullcontext():
+                if ctx.plain and ctx.version_of_y._version != ctx.version:
+                    y = ctx.op._forward(*arguments.saving(False))[0]
+                compute = ctx.op._backward if ctx.plain and is_plain(x, *weights, *grads) else ctx.op._backward_op
                 *ours, dweights = compute(*grads, *arguments, y, gates, cells, needs)
             found = [g if need else None for g, need in zip([*ours, *dweights], needs, strict=True)]
         return None, None, *found[:3], None, None, None, None, *found[3:]

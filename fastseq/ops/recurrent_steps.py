@@ -4,7 +4,8 @@ The loop is a runtime's: `Steps` is what it gives, `implementation` makes the op
 """
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from contextlib import nullcontext
+from functools import cached_property, partial, wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -219,7 +220,20 @@ def implementation(steps: Steps) -> Implementation:
     return Implementation(partial(_forward, steps), partial(_backward, steps))
 
 
-@torch.no_grad()
+def _as_written(direction: Callable[..., Any]) -> Callable[..., Any]:
+    """One that records no graph, and whose products no autocast around it lowers: what they meet has x's dtype."""
+
+    @wraps(direction)
+    def compute(steps: Steps, *args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        lowers = torch._C._is_any_autocast_enabled()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False) if lowers else nullcontext():
+            return direction(steps, *args)
+
+    return compute
+
+
+@_as_written
 def _forward(
     steps: Steps,
     x: Tensor,
@@ -276,7 +290,7 @@ def _forward(
     )
 
 
-@torch.no_grad()
+@_as_written
 def _backward(
     steps: Steps,
     dy: Tensor | None,
