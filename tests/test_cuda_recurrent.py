@@ -21,6 +21,7 @@ from torch import Tensor
 import fastseq
 from fastseq import jit, native
 from fastseq.ops import recurrent_cuda
+from fastseq.ops.contract import rounding
 from fastseq.ops.lstm import LSTM
 from fastseq.ops.recurrent import CASES, PROJECTION_CASES, Arguments, Case, Outputs, Recurrent, grads_like, running
 from fastseq.ops.recurrent_cuda import Steps
@@ -99,6 +100,41 @@ def test_forward_tape_and_backward(maker: str, op: Recurrent, case: Case) -> Non
     assert not without.gates.numel() and not without.cells.numel()
     for tape in (ours, want):
         assert_gradients(backward(of, arguments, tape, grads_like(want)), want_grads)
+
+
+# What a large layer makes of a block on a GPU, a small one does where multiprocessors are few.
+FEW_MULTIPROCESSORS = [
+    ("9,232448", Case(2, 17, 4, 140)),  # 16 units a block
+    ("5,232448", Case(2, 33, 4, 140)),  # 32, with weights in shared memory and several tiles of rows
+    ("20,232448", Case(2, 33, 4, 140, bidirectional=True)),
+]
+
+
+@pytest.mark.parametrize(("chip", "case"), FEW_MULTIPROCESSORS, ids=name_of)
+@each_op
+def test_blocks_of_many_units(op: Recurrent, chip: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSEQ_EMULATOR_CHIP", chip)
+    arguments = case.arguments(op, "cpu", torch.float32)
+    want, want_grads = expected(op, case, "cpu", torch.float32)
+    of = kernel(op, "kernels")
+    assert_outputs(Outputs(*of.forward(*arguments.saving(True))), want, arguments)
+    assert_gradients(backward(of, arguments, want, grads_like(want)), want_grads)
+
+
+@each_op
+def test_tf32(op: Recurrent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of numbers with 11 digits: not exact, and close to it."""
+    case = Case(3, 17, 4, 19, bidirectional=True)
+    arguments = case.arguments(op, "cpu", torch.float32)
+    want, want_grads = expected(op, case, "cpu", torch.float32)
+    of = kernel(op, "kernels")
+    exact = of.forward(*arguments.saving(True))[0]
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    y = of.forward(*arguments.saving(True))[0]
+    assert not torch.equal(y, exact)
+    got = [y, *backward(of, arguments, want, grads_like(want))]
+    for ours, theirs in zip(got, [want.y, *want_grads], strict=True):
+        torch.testing.assert_close(ours, theirs.float(), **rounding(theirs, torch.float32, 2, tf32=True))
 
 
 HALF_CASES = [
@@ -270,6 +306,18 @@ def test_nan_stays_in_its_row(op: Recurrent, H: int, maker: str) -> None:
     ours, theirs = (backward(of, arguments, theirs, grads) for of in (kernel(op, maker), op.reference))
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@each_op
+def test_two_nans_of_half_precision_are_not_what_is_missing(op: Recurrent, dtype: torch.dtype) -> None:
+    arguments = Case(3, 3, 6, 12).arguments(op, "cpu", dtype)
+    arguments.x[1, 1] = torch.tensor(-1, dtype=torch.int16).view(dtype)
+    of = kernel(op, "kernels")
+    outputs = Outputs(*of.forward(*arguments.saving(True)))
+    assert outputs.y.isnan().any(-1).nonzero().tolist() == [[1, 1], [2, 1]]
+    backward(of, arguments, outputs, grads_like(outputs))
+    assert recurrent_cuda._status(arguments.x.device).item() == 0  # nobody has waited in vain
 
 
 @each_maker
