@@ -46,7 +46,7 @@ def with_cuda() -> dict:
     nvcc = Path(shutil.which("nvcc") or "/").resolve()
     homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), nvcc.parent.parent, "/usr/local/cuda") if home]
     if not (home := next((home for home in homes if (home / "include/cuda.h").exists()), None)):
-        raise LookupError("CUDA's toolkit was not found: nvcc is not on PATH, and CUDA_HOME is not set")
+        raise LookupError("CUDA's toolkit was not found beside an nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
     cpp_extension.CUDA_HOME = str(home)  # only CUDA builds of torch look for it
     known = subprocess.check_output([home / "bin/nvcc", "--list-gpu-code"], text=True).split()
     ours = ";".join(a for a in CUDA_ARCHITECTURES if f"sm_{a.replace('.', '')}" in known) + "+PTX"

@@ -55,7 +55,8 @@ def without_cuda(op: str) -> str | None:
             return None
     except RuntimeError:  # there is no such op at all
         pass
-    return "the extension was built without CUDA (no nvcc, or a torch without CUDA, when fastseq was installed)"
+    why = "no nvcc, a torch without CUDA, or kernels that did not compile, when fastseq was installed"
+    return f"the extension was built without CUDA ({why})"
 
 
 @cache

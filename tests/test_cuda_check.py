@@ -56,3 +56,12 @@ def test_a_warning_is_an_error(tmp_path: Path) -> None:
 def test_what_does_not_compile(tmp_path: Path) -> None:
     with pytest.raises(cuda_check.CompileError, match="wrong"):
         compiled(tmp_path, "wrong")
+
+
+def test_host_code_that_does_not_fit_cudas_headers(tmp_path: Path) -> None:
+    source = tmp_path / "host.cpp"
+    source.write_text('#include "cuda/launch.h"\nint count() { return fastseq::gpu::chip_of(0).multiprocessors; }\n')
+    cuda_check.check_host(source)
+    source.write_text('#include "cuda/launch.h"\nint count() { return cudaNoSuchFunction(); }\n')
+    with pytest.raises(cuda_check.CompileError, match="cudaNoSuchFunction"):
+        cuda_check.check_host(source)

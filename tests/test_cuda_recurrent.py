@@ -445,3 +445,18 @@ def test_backward_in_autograds_thread_is_served_by_what_was_asked_for() -> None:
             y, _ = layer(torch.randn(4, 3, 8, device="cuda"))
         y.sum().backward()
     assert called == {"cuda"}
+
+
+@each_op
+def test_weights_that_are_not_finite_meet_only_steps_that_are_made(op: Recurrent) -> None:
+    arguments = Case(3, 3, 6, 12).arguments(op, "cpu", torch.float32)
+    arguments = arguments._replace(lengths=torch.tensor([3, 0, 2]))
+    arguments.weights[1][0, 0] = torch.nan
+    grads = grads_like(Outputs(*op.reference.forward(*arguments.saving(True))))
+    of = kernel(op, "kernels")
+    outputs = Outputs(*of.forward(*arguments.saving(True)))
+    ours = backward(of, arguments, outputs, grads)
+    theirs = backward(op.reference, arguments, outputs, grads)
+    assert torch.equal(ours[1][0, 1], grads[1][0, 1])  # of a row without a step, what reaches h_n reaches h0
+    for got, want in zip(ours, theirs, strict=True):
+        assert torch.equal(got.isnan(), want.isnan())

@@ -259,7 +259,9 @@ struct Place {
   }
 
   FASTSEQ_DEVICE int time_of(int s) const { return d == 0 ? s : p.T - 1 - s; }
-  FASTSEQ_DEVICE int length(int row) const { return row >= p.B ? 0 : p.lengths == nullptr ? p.T : p.lengths[row]; }
+  FASTSEQ_DEVICE int length(int row) const {
+    return row >= p.B ? 0 : p.lengths == nullptr ? p.T : std::min(p.lengths[row], p.T);
+  }
   FASTSEQ_DEVICE int64_t at(int t, int row) const {
     return (p.starts == nullptr ? int64_t(t) * p.B : p.starts[t]) + row;
   }
@@ -490,7 +492,7 @@ backward_steps(BackwardSteps p) {
   struct Ahead {
     Source rows[2];
     Scalar dy[kOwned], dcells[kOwned], before[kOwned], after[kOwned], tape[kOwned][kTape > 0 ? kTape : 1];
-    bool runs[kOwned], is_anew[kOwned];
+    bool runs[kOwned], is_anew[kOwned], follows[kOwned];  // follows: whether a step of this row comes after it
   };
   const auto look_ahead = [&](int item, Ahead& to) {
     const int s = p.T - 1 - item / p.row_tiles, tile_row = place.first_row + item % p.row_tiles * kTileRows;
@@ -503,6 +505,7 @@ backward_steps(BackwardSteps p) {
       const int cut = t + 1 - d;
       to.runs[i] = s >= 0 && t < length;
       to.is_anew[i] = s + 1 < p.T && cut < length && place.is_reset(cut, row);
+      to.follows[i] = s + 1 < p.T && t + 1 - 2 * d < length;
       const bool reads = to.runs[i] && has_unit;
       const int64_t at = reads ? place.at(t, row) : 0, of_d = (int64_t(d) * p.N + at) * H + unit;
       const int64_t of_y = (at * p.D + d) * H + unit;
@@ -531,7 +534,9 @@ backward_steps(BackwardSteps p) {
     for (int i = 0; i < kOwned; ++i) {
       const int tile_row = row_in_tile(i), local = tile * kTileRows + tile_row, row = place.first_row + local;
       const bool runs = now.runs[i] && has_unit;
-      float dh = carried_at(local)[0] + total<kStride>(sums, tile_row, thread() % kUnits);
+      float dh = carried_at(local)[0];
+      // Where there is no step to come back from, zeros met the weights, which may be infinite.
+      if (now.follows[i]) dh += total<kStride>(sums, tile_row, thread() % kUnits);
       float dc = Cell::kHasCell ? carried_at(local)[1] : 0.0f;
       if (now.is_anew[i] && has_unit) {  // the reset takes what would go on to the step before
         const int64_t at = place.state(row) * H + unit;

@@ -114,6 +114,7 @@ struct Call {
   void fill(Steps& p, const MaybeTensor& reset, const MaybeTensor& lengths, const MaybeTensor& starts,
             const Tensor& status) const {
     if (T < 1 || B < 1 || H < 1 || D < 1 || D > 2) fail("each of T, B, H and D", "positive, and D at most 2");
+    if (std::max({T, B, H}) > INT32_MAX / 2) fail("each of T, B and H", "less than 2^30");
     if (T > INT32_MAX / tiles(B, kTileRows) - 1) fail("T", "smaller");
     require(lengths.has_value(), lengths.has_value() || starts.has_value(), "lengths");
     if (!starts && N != T * B) fail("pre and da", "of T*B rows");

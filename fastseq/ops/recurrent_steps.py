@@ -368,7 +368,7 @@ def _backward(
                 torch.mm(da[:, of_da].t(), rows, out=dw_ih[of_w])
         else:
             dw_ih = nothing
-        dweights += [dw_ih, da_h.t() @ h_before[d] if next(wanted) else nothing]
+        dweights += [dw_ih, da_h.t() @ layer.running(h_before[d]) if next(wanted) else nothing]
         if layer.biases[d]:
             ours = torch.cat([da[:, of_da].sum(0) for _, of_da in spans]) if next(wanted) else nothing
             dweights += [ours, da_h.sum(0) if next(wanted) else nothing]
