@@ -18,7 +18,7 @@ demo: $(DONE)  ## train and run a character-level LSTM, as it is and accelerated
 
 test: $(DONE)  ## all tests; a missing C++ extension or numba is a failure, not a skip
 	FASTSEQ_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 FASTSEQ_REQUIRE=$(REQUIRE),triton $(BIN)/python -m pytest tests/test_triton_*.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FASTSEQ_REQUIRE=$(REQUIRE),triton $(BIN)/python -m pytest -n auto tests/test_triton_*.py
 
 lint: $(DONE)
 	$(BIN)/ruff check .

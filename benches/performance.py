@@ -346,7 +346,8 @@ def how(run: Run) -> Section:
 
 
 def as_markdown(run: Run, sections: Sequence[Section]) -> str:
-    lines = ["# Performance", "", introduction(run), "", f"*{run.caption}*", ""]
+    page = "It makes `docs/performance.html` too: the same as one page in a file, with tables to sort."
+    lines = ["# Performance", "", f"{introduction(run)} {page}", "", f"*{run.caption}*", ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         for paragraph in section.text:
@@ -361,10 +362,7 @@ def as_markdown(run: Run, sections: Sequence[Section]) -> str:
 
 
 def introduction(run: Run) -> str:
-    return (
-        f"Made by `make report` from what `{COMMANDS[run.machine['run']]}` found on {run.date}; not written by hand."
-        " [performance.html](performance.html) is the same as one page with tables to sort: download it and open it."
-    )
+    return f"Made by `make report` from what `{COMMANDS[run.machine['run']]}` found on {run.date}; not written by hand."
 
 
 def markdown_table(table: Table) -> str:
@@ -389,7 +387,7 @@ def as_html(run: Run, sections: Sequence[Section]) -> str:
         f'<a href="#{re.sub(r"[^a-z0-9]+", "-", section.title.lower())}">{html.escape(section.title)}</a>'
         for section in sections
     )
-    lead = prose(introduction(run).partition(" [")[0])
+    lead = prose(introduction(run))
     return Template(PAGE.read_text()).substitute(
         lead=lead, caption=html.escape(run.caption), links=links, sections="\n".join(parts)
     )
