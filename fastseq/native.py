@@ -75,4 +75,5 @@ def _emulated(library: str) -> Any:
 
 
 def _module() -> Any:
-    return importlib.import_module("fastseq._native")
+    with torch.inference_mode(False):  # for the tensors that it makes at once, and keeps
+        return importlib.import_module("fastseq._native")

@@ -32,6 +32,9 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastseq.ops.cross_entropy.LEAST_LOGITS", 0)  # so that small tests reach the op
     monkeypatch.setattr("fastseq.ops.norm.LEAST_ELEMENTS", 0)
     monkeypatch.setattr("fastseq.ops.norm.LEAST_WITH_A_GRAPH", 0)
+    monkeypatch.setattr("fastseq.ops.activation.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("fastseq.ops.attention.LEAST_WORK", 0)
+    monkeypatch.setattr("fastseq.ops.attention.LEAST_OF_ONE_QUERY", (0, 0))
     monkeypatch.setattr("fastseq.nn.block.LEAST_WORK", 0)
 
 

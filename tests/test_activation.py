@@ -705,3 +705,28 @@ def test_kind_of(given: Any, kind: str | None) -> None:
 
 def test_cases_are_named_apart() -> None:
     assert len({str(case) for case in CASES}) == len(CASES) and CASES[: len(SELF_CHECK_CASES)] == SELF_CHECK_CASES
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_few_elements_are_torchs_functions(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr("fastseq.ops.activation._apply", lambda *args: called.append(args) or activation(*args))
+    monkeypatch.setattr("fastseq.ops.activation.LEAST_ELEMENTS", 60)
+    bias = torch.randn(5, requires_grad=graph)
+    for rows, ours, options in (
+        (11, False, dict(activation="silu")),
+        (11, False, dict(activation="gelu_tanh")),
+        (12, True, dict(activation="silu")),
+        (2, True, dict(activation="identity")),
+        (2, True, dict(activation="silu", dropout_p=0.5)),
+    ):
+        x, up = torch.randn(5, rows).t(), torch.randn(rows, 5)
+        y = bias_activation(x, bias, up=up, **options)
+        assert bool(called) == ours and y.is_contiguous()
+        if "dropout_p" not in options:
+            exact = reference.forward(x.double(), up.double(), bias.double(), None, KINDS[options["activation"]], 0.0)
+            torch.testing.assert_close(y, exact.float())
+        called.clear()
+    with fastseq.use_backend("reference"):
+        bias_activation(torch.randn(2, 5), bias)
+    assert called

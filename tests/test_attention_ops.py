@@ -398,9 +398,9 @@ def test_dropout_is_random(p: float) -> None:
 BAD = 100  # the key that is left out, of 150
 
 
-def left_out(way: str, L: int, device: str) -> Arguments:
+def left_out(way: str, L: int, device: str, Ev: int = 9) -> Arguments:
     """Arguments in which no query, or with L = 150 some queries, see the bad key."""
-    arguments = Case(2, 4, L, 150, 16, Ev=9, Hk=2).arguments(device, torch.float32)
+    arguments = Case(2, 4, L, 150, 16, Ev=Ev, Hk=2).arguments(device, torch.float32)
     places = (torch.arange(150, device=device) == BAD).view(1, -1)
     if L == 150:
         places = places & (torch.arange(L, device=device) % 3 > 0).unsqueeze(-1)
@@ -429,12 +429,13 @@ WAYS = ["padding", "causal", "window", "decoding", "varlen", "bool", "bool of ea
 @each_implementation
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_no_query_sees_has_no_effect(impl: Impl, way: str, bad: float) -> None:
+@pytest.mark.parametrize("Ev", [9, 64])  # values that are packed, and that can be read where they are
+def test_what_no_query_sees_has_no_effect(impl: Impl, way: str, bad: float, Ev: int) -> None:
     device = device_of(impl)
     require(TABLE, impl, device, torch.float32)
     results = []
     for content in (0.0, bad):
-        arguments = left_out(way, 20, device)
+        arguments = left_out(way, 20, device, Ev)
         arguments.key[:, :, BAD] = content
         arguments.value[:, :, BAD] = content
         outputs = Outputs(*impl.kernel.forward(*arguments, NO_WEIGHTS))
@@ -444,6 +445,20 @@ def test_what_no_query_sees_has_no_effect(impl: Impl, way: str, bad: float) -> N
     torch.testing.assert_close(*results, **({} if impl.runtime is jit.TRITON else dict(rtol=0, atol=0)))
     dkey, dvalue = results[0][4:6]
     assert not dkey[:, :, BAD].any() and not dvalue[:, :, BAD].any()
+
+
+@each_implementation
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_later_values_have_no_effect_on_earlier_queries(impl: Impl, bad: float) -> None:
+    device = device_of(impl)
+    require(TABLE, impl, device, torch.float32)
+    arguments = Case(2, 2, 90, 90, 32, Ev=64, right=0).arguments(device, torch.float32)
+    clean = impl.kernel.forward(*arguments, NO_WEIGHTS)[0]
+    arguments.value[:, :, 50:, ::3] = bad
+    out = impl.kernel.forward(*arguments, NO_WEIGHTS)[0]
+    torch.testing.assert_close(out[:, :, :50], clean[:, :, :50])
+    torch.testing.assert_close(out[:, :, 50:, 1::3], clean[:, :, 50:, 1::3])
+    assert not out[:, :, 50:, ::3].isfinite().any()
 
 
 @each_implementation
@@ -1640,3 +1655,35 @@ def test_without_a_kernel_the_reference_takes_nested_tensors(no_kernel: None, co
     torch.testing.assert_close(sdpa(q, q, q).values(), F.scaled_dot_product_attention(q, q, q).values())
     sdpa(q, q, q, is_causal=True)
     assert len(computed) == 2
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("one_query", [False, True])
+def test_small_calls_are_torchs_functions(
+    graph: bool, one_query: bool, computed: list[Arguments], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_native()
+    S, L = (6 if graph else 5), (1 if one_query else 3)
+    monkeypatch.setattr("fastseq.ops.attention.LEAST_WORK", 2 * 3 * 4 * S if not one_query else 0)
+    monkeypatch.setattr("fastseq.ops.attention.LEAST_OF_ONE_QUERY", (2 * 4 * 5, 2 * 4 * 6))
+    query, value = torch.randn(1, 2, L, 4, requires_grad=graph), torch.randn(1, 2, S, 5)
+    for keys, ours, options in (
+        (S - 1, False, {}),
+        (S - 1, False, dict(is_causal=True, scale=0.3)),
+        (S, True, {}),
+        (2, True, dict(dropout_p=0.1)),
+        (2, True, dict(attn_mask=torch.tensor([[True, False]]))),
+        (2, True, dict(key_padding_mask=torch.tensor([[False, True]]))),
+        (2, True, dict(return_lse=True)),
+    ):
+        key, some = torch.randn(1, 2, keys, 4), value[:, :, :keys]
+        out = sdpa(query, key, some, **options)
+        assert bool(computed) == ours
+        if not ours:
+            assert torch.equal(out, F.scaled_dot_product_attention(query, key, some, **options))
+        computed.clear()
+    with fastseq.use_backend("reference"):
+        sdpa(query, key, some)
+    assert computed
+    with pytest.raises(RuntimeError):  # torch's own
+        sdpa(query, torch.randn(1, 2, 2, 3), some)

@@ -357,6 +357,32 @@ torch.testing.assert_close(traced(x)[0], model(x)[0])
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_inference_mode_may_be_the_first_use() -> None:
+    """And training the next one."""
+    script = """
+import torch, fastseq
+from torch import nn
+layers = [nn.LSTM(8, 6), nn.GRU(8, 6), nn.RNN(8, 6), nn.LSTMCell(8, 6), nn.GRUCell(8, 6), nn.RNNCell(8, 6)]
+layers += [nn.TransformerEncoderLayer(8, 2, 16), nn.CrossEntropyLoss()]
+calls = []
+for layer in layers:
+    layer = fastseq.accelerate(nn.Sequential(layer))[0]
+    inputs = [torch.randn(3, 2, 8) if "Cell" not in type(layer).__name__ else torch.randn(2, 8)]
+    if isinstance(layer, nn.CrossEntropyLoss):
+        inputs = [torch.randn(9, 8), torch.randint(8, (9,))]
+    calls.append((layer, inputs))
+with torch.inference_mode():
+    for layer, inputs in calls:
+        layer(*inputs)
+for layer, inputs in calls:
+    x = inputs[0].requires_grad_()
+    y = layer(*inputs)
+    (y if isinstance(y, torch.Tensor) else y[0]).sum().backward()
+    assert x.grad is not None
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_the_self_check_catches_a_wrong_kernel(name: str) -> None:
     op = OPS[name]

@@ -238,7 +238,7 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
     my.keys = this->rows_of(this->k, E, seq, head, s, count, my.k);
     my.values = this->rows_of(this->v, Ev, seq, head, s, count, my.v);
     this->pack_keys(this->k, E, seq, head, s, count, my.zeros, my.k_rows);
-    my.keys_finite = this->all_finite(my.k_rows, count * width);
+    my.keys_finite = this->all_finite(this->packed_panels(my.k_rows, count), width / kPanel<T>, count);
   }
 
   // What the queries and the keys of a tile, whole as it was packed, give each other.
@@ -246,7 +246,7 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
                      bool with_queries) const {
     Tile tile = packed;
     if (!this->narrow(seq, tile) || this->left_out(seq, tile)) return;
-    const int64_t l = tile.l, j = tile.s - packed.s, gap = packed.keys * kPanel<T>;
+    const int64_t l = tile.l, j = tile.s - packed.s;
     // As in forward, to the bit: scores that differ in rounding would make weights that do not sum to one.
     this->multiply(seq, tile, my.keys + j * E, E, queries_of(my.q, E, g, l), my.scores);
     this->multiply(seq, tile, my.values + j * Ev, Ev, queries_of(my.dout, Ev, g, l), my.dscores);
@@ -266,8 +266,8 @@ struct AttentionBackwardPass : Attention<T, AttentionBackward<T>, kBackwardQueri
     if (with_keys && this->dk.data)
       add_queries(seq, tile, my.dscores, queries_of(my.q_rows, width, g, 0), my.dk + j * width, width);
     if (with_queries)
-      this->add_keys(seq, tile, my.dscores, my.k_rows + j * kPanel<T>, gap, queries_of(my.dq, width, g, l), width,
-                     my.keys_finite);
+      this->add_keys(seq, tile, my.dscores, this->packed_panels(my.k_rows, packed.keys).from(j),
+                     queries_of(my.dq, width, g, l), width, my.keys_finite);
   }
 
   // Of a vector of queries: scores become weights, and products of values and out's gradients become the scores'.

@@ -8,8 +8,9 @@ namespace fastseq::FASTSEQ_ISA {
 
 // Packed keys and values that one tile of queries after the other reads stay in the L2 cache.
 constexpr int64_t kPackedBytes = 256 * 1024;
-// Tiles of queries that share a packing of keys and values: so many that packing hardly counts.
-constexpr int64_t kSharingTiles = 8;
+// Tiles of queries that share a packing of keys and values: so many that packing hardly counts. Where there are no more
+// than a few, values are better read where they are.
+constexpr int64_t kSharingTiles = 8, kFewTiles = 4;
 
 // Queries of a tile. Scores take 24 KB of the L1 cache, 16 KB with AVX-512.
 template <typename T>
@@ -57,6 +58,7 @@ struct AttentionForwardPass : AttentionRows<T> {
   using Base = AttentionRows<T>;
   using Base::E, Base::Ev, Base::H, Base::kStride, Base::L, Base::S, Base::value_width;
   using typename Base::Ahead;
+  using typename Base::Panels;
   using typename Base::Progress;
   using typename Base::Sequence;
   using typename Base::Tile;
@@ -67,6 +69,7 @@ struct AttentionForwardPass : AttentionRows<T> {
   bool average = this->wanted == Weights::kAverage;
   int64_t chunk, chunks;  // queries of a task, and tasks of a sequence and head
   int64_t packed_keys;    // of a packing
+  bool in_place;          // whether values are read where they are
 
   AttentionForwardPass(const AttentionForward<T>& call, int threads) : Base(call) {
     const int64_t bytes = (E + value_width) * sizeof(T) * kTileKeys;
@@ -78,6 +81,7 @@ struct AttentionForwardPass : AttentionRows<T> {
     const int64_t tasks = std::min(blocks, (wanted + heads - 1) / heads);
     chunk = average ? kStride : std::min(kSharingTiles, (blocks + tasks - 1) / tasks) * kStride;
     chunks = (this->longest_q + chunk - 1) / chunk;
+    in_place = chunk <= kFewTiles * kStride && this->stored == Stored::kSame && Ev == value_width && !this->padding;
   }
 
   int64_t tiled_keys() const { return (S + kTileKeys - 1) / kTileKeys * kTileKeys; }
@@ -86,9 +90,10 @@ struct AttentionForwardPass : AttentionRows<T> {
   struct Desk {
     T* q;              // a chunk's queries, packed and scaled
     Progress rows;     // of a chunk
-    T *k, *v, *zeros;  // keys as they are or copied, and packed values; a row of padding
+    T *k, *v, *zeros;  // copied keys and packed values; a row of padding
     Ahead ahead;       // the next task's
-    const T* keys;     // those packed now, and how many
+    const T* keys;     // those of now, as they are or copied, and
+    Panels values;     // their values
     int64_t count;
     T *scores, *factors, *shrink;  // of a tile
     T* raw;                        // all scores of a chunk, for the average
@@ -100,7 +105,7 @@ struct AttentionForwardPass : AttentionRows<T> {
     desk.q = pieces.take(chunk * E);
     desk.rows = Progress::take(pieces, chunk, *this);
     desk.k = pieces.take(packed_keys * E);
-    desk.v = pieces.take(packed_keys * value_width);
+    desk.v = pieces.take(in_place ? 0 : packed_keys * value_width);
     desk.zeros = pieces.take(Ev);
     desk.scores = pieces.take(kTileKeys * kStride);
     desk.factors = pieces.take(this->dropout ? kTileKeys * kStride : 0);
@@ -133,19 +138,19 @@ struct AttentionForwardPass : AttentionRows<T> {
     }
   }
 
-  // What a task reads, to be fetched while the one before it multiplies. It pays for short sequences, each a task, that
-  // come from memory: 15 % with AVX2. (With AVX-512 a panel's row is two lines, of which a product fetches the first.)
+  // What a task reads and writes, to be fetched while the one before it multiplies. It pays for short sequences, each a
+  // task, that do not stay in the L2 cache: 10 to 15 %.
   Ahead of_task(int64_t task) const {
-    constexpr int64_t kLine = 64, kMostBytes = 64 * 1024;
+    constexpr int64_t kMostBytes = 64 * 1024;
     Ahead ahead{};
     const bool simple = chunks == 1 && !average && !this->ends_q && this->stored == Stored::kSame;
-    if (kPanel<T> * sizeof(T) != kLine || !simple || task >= this->sequences * H) return ahead;
+    if (!simple || task >= this->sequences * H) return ahead;
     const int64_t sample = task / H, h = task % H, head = h / this->group;
     const auto add = [&](int i, const Heads& from, int64_t count, int64_t width, int64_t of_head) {
       if (from.l != width || count * width * int64_t(sizeof(T)) > kMostBytes) return;
       ahead.at[i] = from.template row<const T>(sample, of_head, 0), ahead.left[i] = count * width;
     };
-    add(0, this->q, L, E, h), add(1, this->k, S, E, head), add(2, this->v, S, Ev, head);
+    add(0, this->q, L, E, h), add(1, this->k, S, E, head), add(2, this->v, S, Ev, head), add(3, this->out, L, Ev, h);
     return ahead;
   }
 
@@ -174,11 +179,16 @@ struct AttentionForwardPass : AttentionRows<T> {
     for (int64_t i = l; all && i < end; ++i) finish_weights(my, seq, h, l, i);
   }
 
-  // Keys and values [s, end) of a head.
+  // Keys and values [s, end) of a head, packed or where they are.
   void pack(Desk& my, const Sequence& seq, int64_t head, int64_t s, int64_t end) const {
     my.count = end - s;
     my.keys = this->rows_of(this->k, E, seq, head, s, my.count, my.k);
-    this->pack_keys(this->v, Ev, seq, head, s, my.count, my.zeros, my.v);
+    if (in_place) {
+      my.values = {this->v.template row<const T>(seq.sample, head, seq.k0 + s), kPanel<T>, this->v.l};
+    } else {
+      this->pack_keys(this->v, Ev, seq, head, s, my.count, my.zeros, my.v);
+      my.values = this->packed_panels(my.v, my.count);
+    }
     std::fill_n(my.finite, kMostTiles, Finite::kUnknown);
   }
 
@@ -187,9 +197,7 @@ struct AttentionForwardPass : AttentionRows<T> {
     Finite& finite = my.finite[tile];
     if (finite == Finite::kUnknown) {
       const int64_t from = tile * kTileKeys, to = std::min(my.count, from + kTileKeys);
-      bool all = true;
-      for (int64_t p = 0; p < value_width / kPanel<T>; ++p)
-        all = all && this->all_finite(my.v + (p * my.count + from) * kPanel<T>, (to - from) * kPanel<T>);
+      const bool all = this->all_finite(my.values.from(from), value_width / kPanel<T>, to - from);
       finite = all ? Finite::kYes : Finite::kNo;
     }
     return finite == Finite::kYes;
@@ -215,8 +223,7 @@ struct AttentionForwardPass : AttentionRows<T> {
         for (int64_t i = j * kStride; i < j * kStride + tile.width(); i += kLanes<T>)
           store(my.scores + i, load(my.scores + i) * load(my.factors + i));
     }
-    this->add_keys(seq, tile, my.scores, my.v + at * kPanel<T>, my.count * kPanel<T>, sums, value_width,
-                   whole || is_finite(my, at / kTileKeys));
+    this->add_keys(seq, tile, my.scores, my.values.from(at), sums, value_width, whole || is_finite(my, at / kTileKeys));
   }
 
   // Where raw scores of query l go, which is the chunk's in `row`.

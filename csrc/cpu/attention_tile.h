@@ -199,10 +199,11 @@ struct Attention : Call {
 
   // Memory that is to come into the L2 cache while something else is multiplied.
   struct Ahead {
-    const T* at[3];
-    int64_t left[3];
+    static constexpr int kPieces = 4;
+    const T* at[kPieces];
+    int64_t left[kPieces];
     const T* take(int64_t count, const T* otherwise) {
-      for (int i = 0; i < 3; ++i)
+      for (int i = 0; i < kPieces; ++i)
         if (left[i] > 0) {
           const T* taken = at[i];
           at[i] += count, left[i] -= count;
@@ -220,39 +221,51 @@ struct Attention : Call {
       const int64_t end = std::min(tile.queries, end_query(seq, tile.s + to) - tile.l);
       for (int64_t i = std::max<int64_t>(0, first) / kPanel<T> * kPanel<T>; i < end; i += kPanel<T>)
         tile_rows<T>(to - from, K, {rows + from * K, K}, packed + i * K, products + from * kStride + i, kStride, false,
-                     ahead ? ahead->take(K * kPanel<T>, packed + i * K) : packed + i * K);
+                     ahead ? ahead->take(K * kLine<T>, packed + i * K) : packed + i * K);
     });
   }
 
-  // sums[queries][stride] += a tile, transposed, times packed keys or values, where the bounds leave something. Panels
-  // are `gap` apart. Where they may hold infinities or NaN, a 0 on the left leaves these out.
-  void add_keys(const Sequence& seq, const Tile& tile, const T* left, const T* packed, int64_t gap, T* sums,
-                int64_t stride, bool finite) const {
+  // Keys or values as the right-hand side of products over keys: panels of their columns, `gap` apart.
+  struct Panels {
+    const T* data;
+    int64_t gap, row;  // between panels and between keys
+    Panel<T> at(int64_t p, int64_t key) const { return {data + p * gap + key * row, row}; }
+    Panels from(int64_t key) const { return {data + key * row, gap, row}; }
+  };
+  static Panels packed_panels(const T* packed, int64_t keys) { return {packed, keys * kPanel<T>, kPanel<T>}; }
+
+  // sums[queries][stride] += a tile, transposed, times its keys or values, where the bounds leave something. Where they
+  // may hold infinities or NaN, a 0 on the left leaves these out.
+  void add_keys(const Sequence& seq, const Tile& tile, const T* left, const Panels& right, T* sums, int64_t stride,
+                bool finite) const {
     for (int64_t p = 0; p < stride / kPanel<T>; ++p)
       in_tiles(tile.queries, [&](int64_t from, int64_t to) {
         const int64_t first = std::max<int64_t>(0, first_key(seq, tile.l + from) - tile.s);
         const int64_t end = std::min(tile.keys, end_key(seq, tile.l + to - 1) - tile.s);
         if (first >= end) return;
-        const T *some = left + first * kStride + from, *panel = packed + p * gap + first * kPanel<T>;
+        const T* some = left + first * kStride + from;
+        const Panel<T> panel = right.at(p, first);
         T* out = sums + from * stride + p * kPanel<T>;
         if (finite)
-          tile_rows<T, true>(to - from, end - first, {some, kStride}, panel, out, stride, true, panel);
+          tile_rows<T, true>(to - from, end - first, {some, kStride}, panel, out, stride, true, panel.data);
         else
           add_but_zeros(to - from, end - first, some, panel, out, stride);
       });
   }
 
-  static void add_but_zeros(int64_t rows, int64_t count, const T* left, const T* panel, T* sums, int64_t stride) {
+  static void add_but_zeros(int64_t rows, int64_t count, const T* left, Panel<T> panel, T* sums, int64_t stride) {
     for (int64_t j = 0; j < count; ++j)
       for (int64_t r = 0; r < rows; ++r)
         for (int u = 0; left[j * kStride + r] != 0 && u < kPanel<T>; ++u)
-          sums[r * stride + u] += left[j * kStride + r] * panel[j * kPanel<T> + u];
+          sums[r * stride + u] += left[j * kStride + r] * panel.data[j * panel.stride + u];
   }
 
-  // Whether packed elements are all finite.
-  static bool all_finite(const T* packed, int64_t count) {
+  // Whether so many keys' elements are all finite.
+  static bool all_finite(const Panels& of, int64_t panels, int64_t keys) {
     Vec<T> product{};
-    for (int64_t u = 0; u < count; u += kLanes<T>) product += load(packed + u) * T(0);
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t j = 0; j < keys; ++j)
+        for (int v = 0; v < kPanelVectors; ++v) product += load(of.at(p, j).data + v * kLanes<T>) * T(0);
     return sum<T>(product) == 0;
   }
 

@@ -110,19 +110,31 @@ struct Left {
   int64_t stride;
 };
 
-// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `panel_stride` behind the one before. Fetches what
-// is at `ahead` into the L2 cache on the way.
+// A panel of the right-hand matrix, [K][kPanel]: packed, or as it is, with a stride between its K.
+template <typename T>
+struct Panel {
+  const T* data;
+  int64_t stride;
+  Panel(const T* panel, int64_t row = kPanel<T>) : data(panel), stride(row) {}
+};
+
+// Elements of a cache line, of which a tile fetches one for each of its K.
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `gap` behind the one before. Fetches the K lines
+// at `ahead` into the L2 cache on the way.
 template <typename T, int kRows, int kPanels, bool kTransposedLeft>
-FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width,
-                         bool add, const T* ahead) {
+FASTSEQ_INLINE void tile(int64_t K, Left<T> left, Panel<T> panel, int64_t gap, T* sums, int64_t width, bool add,
+                         const T* ahead) {
   constexpr int kVectors = kPanels * kPanelVectors;
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 64
   for (int i = 0; i < kRows * kVectors; ++i) acc[i / kVectors][i % kVectors] = Vec<T>{};
   for (int64_t k = 0; k < K; ++k) {
-    if constexpr (kPanels == 1) __builtin_prefetch(ahead + k * kPanel<T>, 0, 2);
+    if constexpr (kPanels == 1) __builtin_prefetch(ahead + k * kLine<T>, 0, 2);
     Vec<T> w[kVectors];
-    for (int j = 0; j < kVectors; ++j) w[j] = load(panel + j / 2 * panel_stride + k * kPanel<T> + j % 2 * kLanes<T>);
+    for (int j = 0; j < kVectors; ++j) w[j] = load(panel.data + j / 2 * gap + k * panel.stride + j % 2 * kLanes<T>);
     for (int i = 0; i < kRows; ++i) {
       const T value = kTransposedLeft ? left.data[k * left.stride + i] : left.data[i * left.stride + k];
       for (int j = 0; j < kVectors; ++j) acc[i][j] += w[j] * value;
@@ -138,7 +150,7 @@ FASTSEQ_INLINE void tile(int64_t K, Left<T> left, const T* panel, int64_t panel_
 
 // Up to kMost rows of one panel.
 template <typename T, bool kTransposedLeft, int kMost>
-FASTSEQ_INLINE void tile_of_up_to(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width,
+FASTSEQ_INLINE void tile_of_up_to(int64_t rows, int64_t K, Left<T> left, Panel<T> panel, T* sums, int64_t width,
                                   bool add, const T* ahead) {
   if (rows == kMost)
     tile<T, kMost, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
@@ -148,19 +160,19 @@ FASTSEQ_INLINE void tile_of_up_to(int64_t rows, int64_t K, Left<T> left, const T
 
 // Up to kTileRows rows of one panel.
 template <typename T, bool kTransposedLeft = false>
-void tile_rows(int64_t rows, int64_t K, Left<T> left, const T* panel, T* sums, int64_t width, bool add,
+void tile_rows(int64_t rows, int64_t K, Left<T> left, Panel<T> panel, T* sums, int64_t width, bool add,
                const T* ahead) {
   tile_of_up_to<T, kTransposedLeft, kTileRows>(rows, K, left, panel, sums, width, add, ahead);
 }
 
 // A tile of kRows rows and of as many of `count` panels as it takes, at most kMost; returns how many.
 template <typename T, int kRows, int kMost>
-int64_t wide_tile(int64_t count, int64_t K, Left<T> left, const T* panel, int64_t panel_stride, T* sums, int64_t width,
+int64_t wide_tile(int64_t count, int64_t K, Left<T> left, const T* panel, int64_t gap, T* sums, int64_t width,
                   bool add) {
   if constexpr (kMost > 1)
     if (count < kMost || (kMost == 3 && count == 4))
-      return wide_tile<T, kRows, kMost - 1>(count, K, left, panel, panel_stride, sums, width, add);
-  tile<T, kRows, kMost, false>(K, left, panel, panel_stride, sums, width, add, panel);
+      return wide_tile<T, kRows, kMost - 1>(count, K, left, panel, gap, sums, width, add);
+  tile<T, kRows, kMost, false>(K, left, panel, gap, sums, width, add, panel);
   return kMost;
 }
 

@@ -18,6 +18,8 @@ constexpr int64_t kWorkPerThread = 192 * 1024, kWorkPerBarrier = 4 * 1024;
 constexpr int64_t kRowsPerThread = 8;
 // With fewer rows than this in all, packing a weight matrix costs more than it saves.
 constexpr int64_t kUnpackedRows = 8;
+// A single step of so many rows multiplies the weights where they are by its rows, which are packed instead.
+constexpr int64_t kLeastTurnedRows = 16, kMostTurnedRows = 128;
 // The input projection is made for so many elements of gates at a time that they are still in the L2 cache when they
 // are used (256 KB), but for at least so many rows that the weights' way from memory does not count.
 constexpr int64_t kChunkElements = 64 * 1024, kChunkRows = 96;
@@ -46,8 +48,9 @@ struct Share {
   int64_t begin(int64_t count) const { return share(count, member, members); }
   int64_t end(int64_t count) const { return share(count, member + 1, members); }
 
-  Share(const Side& side, int64_t rows) : row(0), row_end(rows), member(side.member()), members(side.count) {
-    if (rows < kRowsPerThread * members) return;
+  Share(const Side& side, int64_t rows, bool may_split_rows = true)
+      : row(0), row_end(rows), member(side.member()), members(side.count) {
+    if (!may_split_rows || rows < kRowsPerThread * members) return;
     row = share(rows, member, members), row_end = share(rows, member + 1, members);
     member = 0, members = 1;
   }
@@ -148,7 +151,8 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
 
   Columns<T> from_x{H, Cell::kGates, Cell::kFirstGate}, from_h{H, Cell::kGates, 0}, outputs{P};
   int64_t blocks = (H + kUnits - 1) / kUnits, width = padded_to_panels<T>(P), cell_width = padded_to_panels<T>(H);
-  bool unpacked;          // weights are read where they are
+  bool unpacked;          // weights are read where they are, by a few rows
+  bool turned;            // or by the packed rows of a step
   int64_t chunk;          // steps whose input projection is made at once
   T *w_ih, *w_hh, *w_hr;  // packed, per direction
   T* bias;                // [D, blocks, kBlock]
@@ -156,19 +160,24 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   T *h, *c;               // [D, 2, B, width], read at even and odd steps, and [D, B, cell_width]
   T* unprojected;         // [D, B, cell_width] h before w_hr
   T* gathered;            // per member [kMostBlockRows, I]: rows of x that are not evenly spaced
+  T* turned_rows;         // per member, if `turned`: packed rows of x and of h, and products [kBlock, panel]
 
   explicit ForwardPass(const RecurrentForward<T>& call) : Base(call) {
     unpacked = this->most_rows() < kUnpackedRows && P == H;
+    turned = T_ == 1 && B >= kLeastTurnedRows && B <= kMostTurnedRows && P == H && this->stored == Stored::kSame &&
+             (this->packed || (!this->order && !ragged));
     chunk = std::max<int64_t>(1, std::min(T_, std::max(kChunkRows, kChunkElements / (Cell::kGates * H)) / B));
   }
 
   bool evenly_spaced() const {
     return this->packed || (!this->order && !ragged && (B == 1 || this->x_t == B * this->x_b));
   }
-  int64_t x_elements() const { return unpacked ? 0 : from_x.panels() * kPanel<T> * I; }
-  int64_t h_elements() const { return unpacked ? 0 : from_h.panels() * kPanel<T> * P; }
+  bool in_place() const { return unpacked || turned; }
+  int64_t x_elements() const { return in_place() ? 0 : from_x.panels() * kPanel<T> * I; }
+  int64_t h_elements() const { return in_place() ? 0 : from_h.panels() * kPanel<T> * P; }
   int64_t hr_elements() const { return P == H ? 0 : outputs.panels() * kPanel<T> * H; }
-  int64_t gathered_elements() const { return unpacked || evenly_spaced() ? 0 : Arena<T>::padded(kMostBlockRows * I); }
+  int64_t turned_elements() const { return turned ? padded_to_panels<T>(B) * (I + P) + kBlock * kPanel<T> : 0; }
+  int64_t gathered_elements() const { return in_place() || evenly_spaced() ? 0 : Arena<T>::padded(kMostBlockRows * I); }
 
   // Lays the scratch out from `start` on; with null it only counts.
   int64_t lay_out(T* start, int members) {
@@ -182,6 +191,7 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     c = pieces.take(Cell::kHasCell ? D * B * cell_width : 0);
     unprojected = pieces.take(P == H ? 0 : D * B * cell_width);
     gathered = pieces.take(members * gathered_elements());
+    turned_rows = pieces.take(members * turned_elements());
     return pieces.count;
   }
 
@@ -202,12 +212,15 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     wait();
     for (int64_t s = 0; s < T_; ++s) {
       for (int64_t d = side.direction; d < side.direction_end; ++d) {
-        if (!unpacked && s % chunk == 0) {
+        if (!in_place() && s % chunk == 0) {
           project(d, s, std::min(T_, s + chunk), side);
           if (ragged) wait();
         }
-        const Share my(side, active(step(d, s)));
-        advance(d, s, my);
+        const Share my(side, active(step(d, s)), !turned);
+        if (turned)
+          advance_turned(d, side, my);
+        else
+          advance(d, s, my);
         if (P != H) {
           if (in_step) wait();
           shrink(d, s, my);
@@ -239,7 +252,7 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   void pack(int64_t d, const Side& side, const Weights& w) const {
     const auto mine = [&](int64_t count, int more = 0) { return share(count, side.member() + more, side.count); };
     const int64_t block = mine(blocks), block_end = mine(blocks, 1);
-    if (!unpacked) {
+    if (!in_place()) {
       const int64_t begin = block * kBlockPanels, end = std::min(from_x.panels(), block_end * kBlockPanels);
       pack_transposed(from_x, begin, end, w.w_ih, I, I, w_ih + d * x_elements());
       pack_transposed(from_h, begin, end, w.w_hh, P, P, w_hh + d * h_elements());
@@ -384,6 +397,54 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
         if (h_now) dots(u, w.w_hh, h_now + b * width, P, 0, slots + kHiddenSlot);
       }
     }
+  }
+
+  // The only step of one direction, for my units.
+  void advance_turned(int64_t d, const Side& side, const Share& my) const {
+    const Columns<T> rows{B};
+    T *x = turned_rows + side.rank * turned_elements(), *h_packed = x + rows.panels() * kPanel<T> * I,
+      *products = h_packed + rows.panels() * kPanel<T> * P;
+    const bool no_h = !this->h0 && !this->reset;
+    pack_transposed(rows, 0, rows.panels(), this->x_row(0, 0), this->packed ? I : this->x_b, I, x);
+    if (!no_h) pack_transposed(rows, 0, rows.panels(), h_of(d, 0), width, P, h_packed);
+    const auto& w = this->weights[d];
+    for (int64_t block = my.begin(blocks); block < my.end(blocks); ++block) {
+      const int64_t first = block * kUnits, count = std::min(kUnits, H - first);
+      T* a = sums_of(d, block, 0);
+      for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+        // products[slot, unit][rows of a panel] = W x + W h.
+        std::fill_n(products, kBlock * kPanel<T>, T(0));
+        const auto add = [&](const T* matrix, int64_t K, int gate, int slot, const T* packed) {
+          const T* left = matrix + (gate * H + first) * K;
+          for (int64_t u = 0; u < count; u += kTileRows)
+            tile_rows<T>(std::min<int64_t>(kTileRows, count - u), K, {left + u * K, K}, packed,
+                         products + (slot * kUnits + u) * kPanel<T>, kPanel<T>, true, left + u * K);
+        };
+        for (int gate = 0; gate < Cell::kGates; ++gate) {
+          const int slot = (gate - Cell::kFirstGate + Cell::kGates) % Cell::kGates;
+          add(w.w_ih, I, gate, slot, x + panel * I * kPanel<T>);
+          if (!no_h) add(w.w_hh, P, gate, Cell::kSlots - Cell::kGates + gate, h_packed + panel * P * kPanel<T>);
+        }
+        const int64_t row = panel * kPanel<T>;
+        turn_back(products, std::min<int64_t>(kPanel<T>, B - row), a + row * kBlock);
+      }
+      if (first + kUnits <= H)
+        activate<true>(d, 0, block, 0, B, a);
+      else
+        activate<false>(d, 0, block, 0, B, a);
+    }
+  }
+
+  // a[rows][kBlock] from products[kBlock][kPanel].
+  static void turn_back(const T* products, int64_t rows, T* a) {
+    constexpr int n = kLanes<T>;
+    for (int64_t row = 0; row < rows; row += n)
+      for (int64_t i = 0; i < kBlock; i += n) {
+        Vec<T> square[n];
+        for (int j = 0; j < n; ++j) square[j] = load(products + (i + j) * kPanel<T> + row);
+        transpose<T>(square);
+        for (int64_t j = 0; j < std::min<int64_t>(n, rows - row); ++j) store(a + (row + j) * kBlock + i, square[j]);
+      }
   }
 
   // Cell and output of one block of units in rows [row, row_end) from the pre-activations a.

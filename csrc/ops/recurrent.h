@@ -171,14 +171,16 @@ struct RecurrentInputs {
   }
 };
 
-// Stands for what a call does not return: always the same empty tensors, one for each place, since making one costs a
-// microsecond.
+// Stand for what a call does not return: always the same empty tensors, one for each place, since making one costs a
+// microsecond. They are made when the extension is loaded, outside of inference mode: those of a call in that mode
+// could not be saved for backward by a later one.
+inline std::vector<Tensor> make_nothing(ScalarType dtype) {
+  return {empty({0}, dtype), empty({0}, dtype), empty({0}, dtype)};
+}
+inline const std::vector<Tensor> no_floats = make_nothing(ScalarType::Float),
+                                 no_doubles = make_nothing(ScalarType::Double);
 inline const Tensor& nothing(int place, ScalarType dtype) {
-  static const auto make = [](ScalarType type) {
-    return std::vector<Tensor>{empty({0}, type), empty({0}, type), empty({0}, type)};
-  };
-  static const std::vector<Tensor> floats = make(ScalarType::Float), doubles = make(ScalarType::Double);
-  return (dtype == ScalarType::Float ? floats : doubles)[place];
+  return (dtype == ScalarType::Float ? no_floats : no_doubles)[place];
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(const RecurrentOp& op,

@@ -22,8 +22,8 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
     """What the three cells share."""
 
     _autocast_lowers = False
-    # Multiply-adds from which on a step is ours, without and with a graph to record.
-    _least_work = (2**16, 2**18)
+    # Multiply-adds from which on a step is ours, without and with a graph to record: a step of one row, and of more.
+    _least_of_a_row, _least_of_rows, _least_rows = (2**16, 2**18), (2**19, 2**19), 2
     note = "small steps go to torch, which is ahead there"
 
     def _run(self, torchs_forward: Callable[..., Any], x: Any, hx: Any) -> Any:
@@ -94,16 +94,15 @@ class _Cell(ServedRecurrent, torch.nn.RNNCellBase):
         return super().why_torch()
 
     def _is_small(self, x: Tensor) -> bool:
-        """Whether torch is ahead: its cells are C++ from the first line; ours starts to pay where weights are large.
-
-        Measured with two threads on Zen 3. Beyond one row torch's matrix products are as good, and record less.
+        """Whether torch is ahead: its cells are C++ from the first line; ours starts to pay where weights are large, or
+        rows are many. Measured with two threads on Zen 3 and Zen 5.
         """
         of_a_row = self.op.gates * self.hidden_size * (self.input_size + self.hidden_size)
         rows = x.shape[0] if x.dim() == 2 else 1
         records = torch.is_grad_enabled()
-        if rows > 1 and (records or self.op.gates == 1):
-            return True
-        return rows * of_a_row < self._least_work[records]
+        if rows == 1:
+            return of_a_row < self._least_of_a_row[records]
+        return rows < self._least_rows or rows * of_a_row < self._least_of_rows[records]
 
     def _is_sound(self, x: Tensor, states: Any, weights: list[Any], autocast: bool) -> bool:
         """Whether the arguments are as torch's checks and the op want them."""
@@ -153,7 +152,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     """Drop-in for `torch.nn.RNNCell`: the same arguments, parameters, results and errors, one fused call."""
 
     _autocast_lowers = True
-    _least_work = (2**19, 2**20)
+    _least_of_a_row, _least_of_rows, _least_rows = (2**19, 2**20), (2**20, 2**23), 16
 
     @property
     def op(self) -> Recurrent:

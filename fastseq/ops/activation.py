@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from fastseq.ops.contract import (
     has_hooks,
     implement,
     is_plain,
+    is_small,
     is_transformed,
     needs_graph,
     new_seed,
@@ -31,6 +33,10 @@ from fastseq.registry import FLOATS, HALF, Impl, Kernel, Op, register
 
 # What the op's `kind` is called.
 KINDS = {"identity": IDENTITY, "relu": RELU, "gelu": GELU, "gelu_tanh": GELU_TANH, "silu": SILU}
+
+# Fewer elements, without dropout, are torch's functions': their calls start sooner, and what one leaves for the next to
+# read is still in the cache. Measured on Zen 5 with two threads.
+LEAST_ELEMENTS = 2**20
 
 
 class Arguments(NamedTuple):
@@ -230,6 +236,12 @@ _FUNCTIONS: list[tuple[Callable, str]] = [
     (F.gelu, "gelu"),
     (F.silu, "silu"),
 ]
+_TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 _MODULES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
@@ -262,6 +274,7 @@ def bias_activation(
 
     With `up` it is a gated unit: SwiGLU with "silu", GEGLU with "gelu", ReGLU with "relu" (Shazeer 2020,
     arXiv:2002.05202). `x, up = both.chunk(2, -1)` are read where they are. Under autocast the result has x's dtype.
+    Few elements without dropout are torch's functions', which are ahead there.
 
     Args:
         x: [..., F], float32, float64, bfloat16 or float16, any strides; without copies where each row of F elements is
@@ -301,6 +314,9 @@ def bias_activation(
         raise ValueError(f"activation must be one of {', '.join(KINDS)}, got {activation!r}")
     check_dropout(dropout_p, training)
     p = float(dropout_p) if training else 0.0
+    if p == 0 and activation in _TORCHS and is_small(TABLE.name, x.numel(), LEAST_ELEMENTS, x):
+        y = _TORCHS[activation](x if bias is None else x + bias)
+        return (y if up is None else y * up).contiguous()
     arguments = Arguments(_rows(x), None if up is None else _rows(up), bias, new_seed(p), KINDS[activation], p)
     return _apply(arguments).reshape(x.shape)
 

@@ -97,6 +97,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_small(op: str, size: int, least: int, x: Tensor) -> bool:
+    """Whether a call on x is torch's, being of less than the least size at which ours is ahead: on a CPU, in float32 or
+    float64, unless an implementation is asked for by name.
+    """
+    return size < least and x.device.type == "cpu" and x.dtype in FLOATS and requested(op) is None
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of the module is more than its class's forward: it has hooks, or a forward set on it alone."""
     return "forward" in module.__dict__ or bool(

@@ -18,10 +18,10 @@ from fastseq.ops.contract import (
     check_tensor,
     implement,
     is_plain,
+    is_small,
     is_transformed,
     needs_graph,
     new_seed,
-    requested,
     rounding,
     widened,
 )
@@ -398,7 +398,8 @@ def add_norm(
         t = t if t.dtype == compute else t.to(compute)
         return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
 
-    if kind == "layer" and p == 0 and given == compute and is_small(x, residual, *columns):
+    least = LEAST_WITH_A_GRAPH if needs_graph(x, residual, *columns) else LEAST_ELEMENTS
+    if kind == "layer" and p == 0 and given == compute and is_small(TABLE.name, x.numel(), least, x):
         total = x if residual is None else x + residual
         y = F.layer_norm(total, (E,), columns[0], columns[1], float(eps))
         return (y, total) if return_total else y
@@ -425,12 +426,6 @@ def add_norm(
 # So few elements, in float32 or float64 on a CPU, and without dropout, are torch's LayerNorm's: its calls start 10 us
 # sooner than ours, and 40 us sooner with a graph. Measured on Zen 5 with two threads.
 LEAST_ELEMENTS, LEAST_WITH_A_GRAPH = 64 * 1024, 1024 * 1024
-
-
-def is_small(x: Tensor, *others: Tensor | None) -> bool:
-    if x.device.type != "cpu" or x.dtype not in FLOATS or requested(TABLE.name) is not None:
-        return False
-    return x.numel() < (LEAST_WITH_A_GRAPH if needs_graph(x, *others) else LEAST_ELEMENTS)
 
 
 def _check_options(kind: Any, eps: Any, dropout_p: Any, training: Any, return_total: Any) -> None:

@@ -158,10 +158,15 @@ SELF_CHECK_CASES = [
     Case(3, 21, 40, 70),
     Case(9, 6, 7, 19, bidirectional=True, packed=True),
     Case(9, 6, 7, 19, bidirectional=True, lengths=True, reset=True, reset_state=True),
+    Case(1, 18, 9, 35),
 ]
 CASES = [
     *SELF_CHECK_CASES,
     Case(1, 1, 128, 128),
+    Case(1, 70, 64, 40, state=False, bidirectional=True, batch_first=True),
+    Case(1, 33, 20, 65, packed=True),
+    Case(1, 34, 65, 33, reset=True, reset_state=True, bidirectional=True),
+    Case(1, 130, 5, 33, lengths=True),
     Case(2, 1, 64, 200, state=False),
     Case(63, 1, 65, 65),
     Case(63, 3, 65, 65, bidirectional=True),
