@@ -59,7 +59,8 @@ def measure(case: FirstCall) -> list[dict[str, float | str]]:
             except subprocess.TimeoutExpired:
                 return [*found, {"absent": f"> {LIMIT_S} s"}]
             if done.returncode:
-                return [*found, {"absent": done.stderr.strip().splitlines()[-1][:80]}]
+                said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+                return [*found, {"absent": said[-1][:80]}]
             found.append(json.loads(done.stdout))
     return found
 

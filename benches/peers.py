@@ -23,6 +23,9 @@ COMPILE_LIMIT_S = 15
 SEED = 5
 
 
+OUTPUTS = ("y", "weights")  # the names of those that count as results
+
+
 class AbsentError(Exception):
     """A peer cannot take part in a case; the message says why, in a few words."""
 
@@ -50,8 +53,8 @@ class Task:
     @property
     def names(self) -> list[str]:
         """Of its results: the outputs and, in training, the gradients of inputs and parameters."""
-        outputs = ["y", "weights"][: self.outputs]
-        return outputs if self.dy is None else [*outputs, *(f"d{name}" for name in (*self.inputs, *self.trained))]
+        outputs = OUTPUTS[: self.outputs]
+        return [*outputs] if self.dy is None else [*outputs, *(f"d{name}" for name in (*self.inputs, *self.trained))]
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -228,7 +231,8 @@ def absent_if_unloaded() -> Iterator[None]:
 
 
 def in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:60]}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
