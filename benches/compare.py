@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from race import FULL, SMOKE, Contestant, assert_close, assert_same_size, floors_of
+from race import FULL, SMOKE, Contestant, assert_right
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -166,15 +166,9 @@ def compare(case: str, this: Version, base: Version, smoke: bool) -> Comparison:
     if theirs["served_by"] not in (ours["served_by"], ""):
         found.note = f"served by {ours['served_by']}, in base by {theirs['served_by']}"
     got, want = (torch.load(path) for path in kept.values())
-    tolerance, floors = TOLERANCE * ours["tolerance"], floors_of(want)
     try:
         assert got.keys() == want.keys(), f"there are {', '.join(got)}, in base {', '.join(want)}."
-        for name in got:
-            differs = f"{name} is not as in base."
-            if ours["random"]:
-                assert_same_size(got[name], want[name], differs)
-            else:
-                assert_close(got[name], want[name], differs, tolerance, floors[name])
+        assert_right(got, want, "{} is not as in base.", ours["random"], ours["by_norm"], TOLERANCE)
     except AssertionError as error:
         found.note, found.is_wrong = f"results differ: {error}", True
         return found

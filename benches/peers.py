@@ -40,7 +40,7 @@ class Task:
         dy: the gradient of the first output, in training.
         outputs: how many of the layer's outputs count as results.
         aligned: brings an output, or the gradient of an input, into the form that all tasks of a job share.
-        tolerance: how many times the usual one is allowed.
+        by_norm: gradients are compared by their norms, not by their elements.
     """
 
     layer: nn.Module
@@ -48,7 +48,7 @@ class Task:
     dy: Tensor | None = None
     outputs: int = 1
     aligned: Callable[[Tensor], Tensor] = lambda result: result
-    tolerance: float = 1.0
+    by_norm: bool = False
 
     @property
     def names(self) -> list[str]:

@@ -11,6 +11,7 @@ import copy
 import gc
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from peers import FASTSEQ, OUTPUTS, SEED, AbsentError, Job, Peer, exact, served_
 from roofline import Roofline
 
 import fastseq
-from fastseq.bench import LEAST_SHARE, Contestant, Effort, assert_close, clock, largest, warm_up
+from fastseq.bench import GRADIENT_RTOL, LEAST_SHARE, Contestant, Effort, assert_close, clock, largest, warm_up
 from fastseq.bench import MODES as MODES  # for the benches
 
 # What the threads of a peer that was dropped need to end.
@@ -181,24 +182,42 @@ def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
         task = job.ours if peer.ours else job.task
         by_size = job.random and not peer.ours
         wanted = dict(zip(task.names, expected, strict=True))
-        floors = floors_of(wanted)
-        for (name, want), result in zip(wanted.items(), call(), strict=True):
-            got, wrong = task.aligned(torch.as_tensor(result)).to(want.dtype), f"{peer.name}: {name} is wrong."
-            if by_size:
-                assert_same_size(got, want, wrong)
-            else:
-                assert_close(got, want, wrong, task.tolerance, floors[name])
+        results = zip(wanted.items(), call(), strict=True)
+        got = {name: task.aligned(torch.as_tensor(result)).to(want.dtype) for (name, want), result in results}
+        assert_right(got, wanted, f"{peer.name}: {{}} is wrong.", by_size, task.by_norm)
     return warm_up(call)
 
 
-def floors_of(results: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """What the largest element of each result counts as at least when it is compared.
+def assert_right(
+    results: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    message: str,
+    by_size: bool = False,
+    by_norm: bool = False,
+    tolerance: float = 1.0,
+) -> None:
+    """Compares all results of a call. A gradient that is tiny beside the largest one is a rounding error; an output is
+    held against itself.
 
-    A gradient that is tiny beside the largest one is a rounding error; an output is held against itself.
+    Args:
+        results: by name.
+        wanted: the right ones, or others' of the same case.
+        message: what is said in front of an error, with {} for the name.
+        by_size: results are drawn.
+        by_norm: gradients are compared by their norms.
+        tolerance: how many times the usual one is allowed.
     """
-    gradients = {name for name in results if name not in OUTPUTS}
-    floor = LEAST_SHARE * max((largest(results[name]) for name in gradients), default=0.0)
-    return {name: floor if name in gradients else 0.0 for name in results}
+    gradients = {name for name in wanted if name not in OUTPUTS}
+    floor = LEAST_SHARE * max((largest(wanted[name]) for name in gradients), default=0.0)
+    for name, want in wanted.items():
+        got, wrong = results[name], message.format(name)
+        if by_size:
+            assert_same_size(got, want, wrong)
+        elif by_norm and name in gradients:
+            apart = (got - want).norm().item() / max(want.norm().item(), floor, sys.float_info.min)
+            assert apart <= GRADIENT_RTOL, f"{wrong} It is {apart:.2g} of its norm away."
+        else:
+            assert_close(got, want, wrong, tolerance, floor if name in gradients else 0.0)
 
 
 def assert_same_size(got: torch.Tensor, want: torch.Tensor, message: str) -> None:

@@ -16,9 +16,9 @@ import peers
 import race
 from attention import Case as AttentionCase
 from bench_models import TRANSFORMER, lm, seq2seq
-from models import SearchCase
-from peers import FASTSEQ, Job, Peer
-from race import Contestant, Outcome, enter, exact, floors_of, job_of, noting_absence
+from models import ModelCase, SearchCase
+from peers import FASTSEQ, Job, Peer, exact
+from race import Contestant, Outcome, enter, job_of, noting_absence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,11 +54,21 @@ def test_a_gradient_is_held_against_itself_however_small() -> None:
     for name in names:
         with pytest.raises(AssertionError, match=f"altered: {name} is wrong."):
             entered(BAHDANAU, True, altered(name, lambda result: result * 0.99))
-    assert floors_of({"y": torch.ones(2), "da": torch.tensor([-50.0]), "db": torch.tensor([1e-9, torch.inf])}) == {
-        "y": 0.0,
-        "da": pytest.approx(0.5),
-        "db": pytest.approx(0.5),
-    }
+    right = {"y": torch.ones(2), "da": torch.tensor([-50.0]), "db": torch.tensor([1e-9])}
+    for by_norm in (False, True):
+        race.assert_right({**right, "db": torch.tensor([1e-6])}, right, "{}", by_norm=by_norm)
+        with pytest.raises(AssertionError, match=r"^db"):
+            race.assert_right({**right, "db": torch.tensor([1e-2])}, right, "{}", by_norm=by_norm)
+
+
+def test_gradients_behind_a_relu_are_compared_by_their_norms() -> None:
+    case = ModelCase("cnn", "ImageClassifier", dict(classes=10, dropout=0.0), 2)
+    names = [name for name in job_of(case, True, 1).ours.names if name != "y"]
+    entered(case, True, FASTSEQ)
+    for name in names:
+        entered(case, True, altered(name, lambda result: result * 1.005))
+        with pytest.raises(AssertionError, match=f"altered: {name} is wrong. It is 0.02 of its norm away"):
+            entered(case, True, altered(name, lambda result: result * 1.02))
 
 
 def test_outputs_are_held_against_themselves() -> None:
