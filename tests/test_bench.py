@@ -419,6 +419,7 @@ def test_wrong_results_end_with_1(folder: Path, monkeypatch: pytest.MonkeyPatch)
         (["mine:made", "--input", "5x2x4:float23"], "there is no dtype 'float23'; there are float32, float64"),
         (["mine:made", "--input", "5:float32<9"], "only integers have a bound, not float32"),
         (["mine:made", "--input", "5:int8<999"], "the bound must be from 1 to 127 for int8"),
+        (["mine:made", "--input", "9999999x9999999"], "inputs of 9999999x9999999 cannot be made: RuntimeError"),
         (
             ["mine:made", "--input", "5x2x3"],
             "called with float32 [5, 2, 3], raised RuntimeError: input.size(-1)",
