@@ -17,7 +17,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
@@ -25,7 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from race import FULL, SMOKE, Contestant, assert_close, assert_same_size
+from race import FULL, SMOKE, Contestant, assert_right
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -166,12 +165,10 @@ def compare(case: str, this: Version, base: Version, smoke: bool) -> Comparison:
         return found
     if theirs["served_by"] not in (ours["served_by"], ""):
         found.note = f"served by {ours['served_by']}, in base by {theirs['served_by']}"
-    assert_alike = partial(assert_close, tolerance=TOLERANCE * ours["tolerance"])
     got, want = (torch.load(path) for path in kept.values())
     try:
         assert got.keys() == want.keys(), f"there are {', '.join(got)}, in base {', '.join(want)}."
-        for name in got:
-            (assert_same_size if ours["random"] else assert_alike)(got[name], want[name], f"{name} is not as in base.")
+        assert_right(got, want, "{} is not as in base.", ours["random"], ours["by_norm"], TOLERANCE)
     except AssertionError as error:
         found.note, found.is_wrong = f"results differ: {error}", True
         return found

@@ -53,11 +53,13 @@ def pytest_configure(config):
     unknown = set(_peer_names(config)) - {peer.name for peer in PEERS}
     if unknown:
         raise pytest.UsageError(f"--peers: there is no {', '.join(sorted(unknown))}")
+    if config.option.threads < 1:
+        raise pytest.UsageError(f"--threads must be positive, got {config.option.threads}")
 
 
 def _peer_names(config):
     names = config.option.peers or (SMOKE_PEERS if config.option.smoke else None)
-    return names.split(",") if names else [peer.name for peer in PEERS]
+    return [name.strip() for name in names.split(",")] if names else [peer.name for peer in PEERS]
 
 
 def pytest_collection_modifyitems(config, items):

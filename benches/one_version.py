@@ -76,7 +76,7 @@ class Runner:
             case=str(case),
             seconds=min(tries),
             served_by=", ".join(sorted(served_by(job.ours.layer))),
-            tolerance=getattr(job.ours, "tolerance", 1.0),
+            by_norm=getattr(job.ours, "by_norm", False),
             random=getattr(job, "random", False),
         )
 

@@ -23,6 +23,9 @@ COMPILE_LIMIT_S = 15
 SEED = 5
 
 
+OUTPUTS = ("y", "weights")  # the names of those that count as results
+
+
 class AbsentError(Exception):
     """A peer cannot take part in a case; the message says why, in a few words."""
 
@@ -37,7 +40,7 @@ class Task:
         dy: the gradient of the first output, in training.
         outputs: how many of the layer's outputs count as results.
         aligned: brings an output, or the gradient of an input, into the form that all tasks of a job share.
-        tolerance: how many times the usual one is allowed.
+        by_norm: gradients are compared by their norms, not by their elements.
     """
 
     layer: nn.Module
@@ -45,13 +48,13 @@ class Task:
     dy: Tensor | None = None
     outputs: int = 1
     aligned: Callable[[Tensor], Tensor] = lambda result: result
-    tolerance: float = 1.0
+    by_norm: bool = False
 
     @property
     def names(self) -> list[str]:
         """Of its results: the outputs and, in training, the gradients of inputs and parameters."""
-        outputs = ["y", "weights"][: self.outputs]
-        return outputs if self.dy is None else [*outputs, *(f"d{name}" for name in (*self.inputs, *self.trained))]
+        outputs = OUTPUTS[: self.outputs]
+        return [*outputs] if self.dy is None else [*outputs, *(f"d{name}" for name in (*self.inputs, *self.trained))]
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -228,7 +231,8 @@ def absent_if_unloaded() -> Iterator[None]:
 
 
 def in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:60]}".removesuffix(": ")
 
 
 @dataclass(frozen=True)

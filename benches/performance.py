@@ -42,6 +42,7 @@ class Table:
     numbers: int = 1
     words: int = 0
     folded: str = ""  # in Markdown, a line to click on
+    noted: bool = False  # in Markdown, too, notes follow the texts
 
     def numeric(self, column: int) -> bool:
         return self.numbers <= column < len(self.columns) - self.words
@@ -110,12 +111,13 @@ def at_a_glance(run: Run) -> Section:
         "At a glance",
         [
             "The time of a peer over fastseq's, as the geometric mean over the cases of a family: above 1, fastseq is"
-            " faster. Where a peer has no part in some of the cases, the mean is of those where it has."
+            " faster. Where a peer has a part in some of the cases only, the mean is of those: brackets say of how"
+            " many, and such means are hollow in the figure; they cannot be compared with the others of the family."
             f" {title('numba')} and {title('plain')} are fastseq itself, served by numba's kernels, or called without"
             " the option or the packing that the case is about.",
         ],
         [Figure("overview", "Geometric means of the ratios of each peer, by family", plots.overview(run))],
-        [Table("means", columns, rows, numbers=2)],
+        [Table("means", columns, rows, numbers=2, noted=True)],
     )
 
 
@@ -334,10 +336,15 @@ def how(run: Run) -> Section:
     absent = [*missing, *(f"{name} was not run" for name in not_run if f"{name} is not installed" not in missing)]
     text = [
         "In a race everyone has the same threads and the same inputs, and first has to return the right results: they"
-        " are compared with those of float64. Then fastseq and the peers that run in torch take turns, in a random"
-        " order, with the same number of calls in a turn; ONNX Runtime and OpenVINO, whose threads go on spinning after"
-        " a call, are timed alone between two halves of the turns. Times are medians. `benches/race.py` has the"
-        " details, `benches/representative.py` the cases of `make bench`.",
+        " are compared with those of float64, and what is drawn, as dropout, by its size. Not compared are"
+        f" {title('transformers')}'s Marian, whose weights are its own, and {title('plain')}, which does another thing."
+        " Then fastseq and the peers that run in torch take turns, in a random order, with the same"
+        " number of calls in a turn; ONNX Runtime and OpenVINO, whose threads go on spinning after a call, are timed"
+        " alone between two halves of the turns. Times are medians. `benches/race.py` has the details,"
+        " `benches/representative.py` the cases of `make bench`.",
+        "Where torch lacks what fastseq has, it does what one does without: packed sequences of attention are padded,"
+        " with a mask; decoding by a Transformer has no cache and computes all tokens anew in each step; beam search"
+        " takes one sentence at a time. These ratios are of ways to do it as much as of kernels.",
         f"`{NOTHING}` stands for a peer that has no part in a case: it cannot do it, or does the same as another one.",
     ]
     if absent:
@@ -367,8 +374,12 @@ def introduction(run: Run) -> str:
 
 def markdown_table(table: Table) -> str:
     rule = ["--:" if table.numeric(k) else "---" for k in range(len(table.columns))]
-    rows = [table.columns, rule, *([cell.text for cell in row] for row in table.rows)]
+    rows = [table.columns, rule, *([in_markdown(cell, table.noted) for cell in row] for row in table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def in_markdown(cell: Cell, noted: bool) -> str:
+    return f"{cell.text} ({cell.note})" if noted and cell.note else cell.text
 
 
 def as_html(run: Run, sections: Sequence[Section]) -> str:
@@ -436,11 +447,12 @@ def for_readme(run: Run, docs: str) -> str:
         [Cell(family), *(mean(run, run.of(family, mode), peer) for mode, names in by_mode.items() for peer in names)]
         for family in run.families
     ]
-    table = Table("readme", columns, rows)
+    table = Table("readme", columns, rows, noted=True)
     lines = [
         f"![How many times as long as fastseq its peers take, by family]({docs}/performance/overview.svg)",
         "",
-        "How many times as long as fastseq each peer takes, as geometric means over the cases of a family:",
+        "How many times as long as fastseq each peer takes, as geometric means over the cases of a family, or over some"
+        " of them, as the brackets say (hollow in the plot):",
         "",
         markdown_table(table),
         "",

@@ -29,6 +29,7 @@ WHO = {  # color and marker
     "numba": ("#6f5fe0", "x"),
     "plain": ("#808a94", "+"),
 }
+HOLLOW = {"markerfacecolor": "none", "markeredgewidth": 1.4}
 HUES = (
     "#3584d6",
     "#e0662b",
@@ -144,7 +145,8 @@ def look(who: str) -> tuple[str, str]:
 
 def dot(axes: Any, x: float, y: float, who: str, **options: Any) -> None:
     color, marker = look(who)
-    axes.plot([x], [y], marker, color=color, markeredgewidth=1.4 if marker in "x+" else 0, zorder=3, **options)
+    style = {"markeredgewidth": 1.4 if marker in "x+" else 0, **options}
+    axes.plot([x], [y], marker, color=color, zorder=3, **style)
 
 
 def legend(fig: Any, whom: Sequence[str]) -> None:
@@ -169,7 +171,7 @@ def margins(fig: Any, left: float, right: float, top: float, bottom: float, **op
 
 @figure
 def overview(run: Run) -> Any:
-    """Geometric means by family and peer."""
+    """Geometric means by family and peer, hollow where they are of some of the cases only."""
     families, whom = run.families, raced(run.races, run.rivals)
     fig, panels = plt.subplots(1, 2, sharex=True, sharey=True, figsize=(8.6, 1.2 + 0.27 * len(families)), squeeze=False)
     margins(fig, 1.45, 0.25, 0.62, 0.48, wspace=0.08)
@@ -177,7 +179,8 @@ def overview(run: Run) -> Any:
         for y, family in enumerate(families):
             for who in whom:
                 if found := run.mean(run.of(family, mode), who):
-                    dot(axes, found[0], y, who, markersize=6)
+                    in_part = found[1] < len(run.of(family, mode))
+                    dot(axes, found[0], y, who, markersize=6, **HOLLOW if in_part else {})
         ratio_axis(axes)
         axes.set_title(mode, fontweight="bold")
     names_of(panels[0][0], families)

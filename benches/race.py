@@ -11,21 +11,21 @@ import copy
 import gc
 import math
 import random
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from peers import FASTSEQ, SEED, AbsentError, Job, Peer, exact, served_by
+from peers import FASTSEQ, OUTPUTS, SEED, AbsentError, Job, Peer, exact, served_by
 from roofline import Roofline
 
 import fastseq
+from fastseq.bench import GRADIENT_RTOL, LEAST_SHARE, Contestant, Effort, assert_close, clock, largest, warm_up
 from fastseq.bench import MODES as MODES  # for the benches
-from fastseq.bench import Contestant, Effort, assert_close, clock, warm_up
 
 # What the threads of a peer that was dropped need to end.
 SETTLE_S = 0.05
@@ -87,7 +87,8 @@ def race(
         op: what the case is filed under.
         mode: one of MODES.
         case: has `task(training)`, `flops(training)`, `traffic(training)` and a name; it may have `ours(training)`,
-            `plain(training)`, `onnx_model()` and `random` for a job's parts of these names.
+            `plain(training)`, `onnx_model()` and `random` for a job's parts of these names. Without FLOPs and traffic
+            there is no floor.
         peers: those to race against.
         threads: the threads that everyone gets.
         effort: how much to run.
@@ -102,7 +103,7 @@ def race(
     training = mode == "training"
     job = job_of(case, training, threads)
     flops, traffic = case.flops(training), case.traffic(training)
-    floor = roofline.floor(flops, traffic) if roofline else None
+    floor = roofline.floor(flops, traffic) if roofline and (flops or traffic) else None
     served = ", ".join(sorted(served_by(job.ours.layer)))
     outcome = Outcome(op, mode, str(case), served, flops, sum(t.bytes for t in traffic), floor)
     with torch.set_grad_enabled(training):
@@ -180,11 +181,43 @@ def enter(peer: Peer, job: Job, expected: Sequence[torch.Tensor]) -> Contestant:
         torch.manual_seed(SEED)
         task = job.ours if peer.ours else job.task
         by_size = job.random and not peer.ours
-        compare = assert_same_size if by_size else partial(assert_close, tolerance=task.tolerance)
-        for name, result, want in zip(task.names, call(), expected, strict=True):
-            got = task.aligned(torch.as_tensor(result)).to(want.dtype)
-            compare(got, want, f"{peer.name}: {name} is wrong.")
+        wanted = dict(zip(task.names, expected, strict=True))
+        results = zip(wanted.items(), call(), strict=True)
+        got = {name: task.aligned(torch.as_tensor(result)).to(want.dtype) for (name, want), result in results}
+        assert_right(got, wanted, f"{peer.name}: {{}} is wrong.", by_size, task.by_norm)
     return warm_up(call)
+
+
+def assert_right(
+    results: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    message: str,
+    by_size: bool = False,
+    by_norm: bool = False,
+    tolerance: float = 1.0,
+) -> None:
+    """Compares all results of a call. A gradient that is tiny beside the largest one is a rounding error; an output is
+    held against itself.
+
+    Args:
+        results: by name.
+        wanted: the right ones, or others' of the same case.
+        message: what is said in front of an error, with {} for the name.
+        by_size: results are drawn.
+        by_norm: gradients are compared by their norms.
+        tolerance: how many times the usual one is allowed.
+    """
+    gradients = {name for name in wanted if name not in OUTPUTS}
+    floor = LEAST_SHARE * max((largest(wanted[name]) for name in gradients), default=0.0)
+    for name, want in wanted.items():
+        got, wrong = results[name], message.format(name)
+        if by_size:
+            assert_same_size(got, want, wrong)
+        elif by_norm and name in gradients:
+            apart = (got - want).norm().item() / max(want.norm().item(), floor, sys.float_info.min)
+            assert apart <= GRADIENT_RTOL, f"{wrong} It is {apart:.2g} of its norm away."
+        else:
+            assert_close(got, want, wrong, tolerance, floor if name in gradients else 0.0)
 
 
 def assert_same_size(got: torch.Tensor, want: torch.Tensor, message: str) -> None:

@@ -72,6 +72,13 @@ class Many(nn.Module):
         return self.Output(y, {"state": state, "best": y.argmax(-1), "none": None, "list": [y.sum(), y.detach()]})
 
 
+class _Says(nn.Module):
+    """Returns words."""
+
+    def forward(self, x: Tensor) -> str:
+        return "positive" if x.sum() > 0 else "negative"
+
+
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "WARM_UP_S", 0.0)
@@ -228,6 +235,14 @@ def test_what_is_as_right_as_torch_is_accepted(monkeypatch: pytest.MonkeyPatch) 
         compare(nn.Linear(4, 4), torch.randn(50, 4), modes=["inference"], seconds=SECONDS)
 
 
+def test_small_outputs_are_held_against_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    likely = nn.Sequential(nn.Linear(4, 60000), nn.Softmax(-1))
+    compare(likely, torch.randn(2, 4), modes=["inference"], seconds=SECONDS)
+    wrong_if(monkeypatch, lambda m: m.register_forward_hook(lambda _, x, y: y * 0.9))
+    with pytest.raises(WrongResultsError):
+        compare(likely, torch.randn(2, 4), modes=["inference"], seconds=SECONDS)
+
+
 def test_padding_that_a_model_returns_is_explained() -> None:
     class Returns(nn.Module):
         def __init__(self) -> None:
@@ -258,6 +273,13 @@ def test_padding_that_a_model_returns_is_explained() -> None:
         (UsageError, "the model, called with no tensors, raised TypeError", Many(), (), {}),
         (UsageError, "the model has nothing to train", Many().requires_grad_(False), torch.ones(6, 2, 4), {}),
         (UsageError, "output.logits is NaN throughout", Many(), torch.full((6, 2, 4), torch.nan), {}),
+        (
+            UsageError,
+            "there is no tensor in the model's output",
+            _Says(),
+            torch.ones(2),
+            dict(modes=["inference"]),
+        ),
         (UsageError, "the inputs cannot be copied", Many(), torch.ones(6, 2, 4, requires_grad=True) * 2, {}),
     ],
     ids=str,
@@ -397,6 +419,7 @@ def test_wrong_results_end_with_1(folder: Path, monkeypatch: pytest.MonkeyPatch)
         (["mine:made", "--input", "5x2x4:float23"], "there is no dtype 'float23'; there are float32, float64"),
         (["mine:made", "--input", "5:float32<9"], "only integers have a bound, not float32"),
         (["mine:made", "--input", "5:int8<999"], "the bound must be from 1 to 127 for int8"),
+        (["mine:made", "--input", "9999999x9999999"], "inputs of 9999999x9999999 cannot be made: RuntimeError"),
         (
             ["mine:made", "--input", "5x2x3"],
             "called with float32 [5, 2, 3], raised RuntimeError: input.size(-1)",

@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib", reason="the report's figures need matplotlib, 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benches"))
 import performance  # noqa: E402
+import plots  # noqa: E402
 from results import UnreadableError, load  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -144,6 +145,20 @@ def test_means_are_geometric(report: Any, results: Results) -> None:
         benchmark["extra_info"]["quartiles"] = {"torch": [ratio, ratio]}
     means = table_after("At a glance", (report(results) / "performance.md").read_text())
     assert means["LSTM", "inference"]["torch"] == "2.00"
+
+
+def test_a_mean_of_some_cases_says_of_how_many(report: Any, results: Results) -> None:
+    docs = report(copy.deepcopy(results))
+    hollow = re.compile("fill-opacity: 0; stroke: " + plots.WHO["torch.compile"][0])
+    whole = (docs / "performance" / "overview.svg").read_text()
+    del results["benchmarks"][0]["extra_info"]["ratios"]["torch.compile"]
+    docs = report(results)
+    means = table_after("At a glance", (docs / "performance.md").read_text())
+    assert means["LSTM", "inference"]["torch.compile"] == "1.30 (2 of 3)"
+    assert means["LSTM", "inference"]["torch"] == "1.50"
+    assert "| 1.30 (2 of 3) |" in (docs.parent / "README.md").read_text()
+    part = (docs / "performance" / "overview.svg").read_text()
+    assert len(hollow.findall(part)) > len(hollow.findall(whole))
 
 
 def test_a_peer_that_is_not_installed_is_shown_so(report: Any, results: Results) -> None:

@@ -148,11 +148,20 @@ def take_turns(
     return times
 
 
-def assert_close(got: Tensor, want: Tensor, message: str, tolerance: float = 1.0) -> None:
-    """Raises AssertionError, with the message in front, unless all elements are close beside the largest one."""
-    finite = want[want.isfinite()]
-    atol = tolerance * ATOL * max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
+def assert_close(got: Tensor, want: Tensor, message: str, tolerance: float = 1.0, floor: float = 0.0) -> None:
+    """Raises AssertionError, with the message in front, unless all elements are close beside the largest one, or beside
+    the floor where that is more; integers have to be equal.
+    """
+    if not want.is_floating_point():
+        tolerance = 0.0
+    atol = tolerance * ATOL * max(floor, largest(want))
     torch.testing.assert_close(got, want, rtol=tolerance * RTOL, atol=atol, msg=lambda text: f"{message} {text}")
+
+
+def largest(t: Tensor) -> float:
+    """The magnitude of its largest finite element, or 0."""
+    finite = t[t.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
 
 
 @dataclass(frozen=True)
@@ -543,15 +552,21 @@ def _compared(
     if got[0].keys() != want[0].keys():
         names = [" and ".join(side[0]) or "no tensors" for side in (got, want)]
         raise WrongResultsError(f"{OURS}'s output has {names[0]}, torch's {names[1]}")
-    largest = max((g.double().norm().item() for g in want[1].values() if g.isfinite().all()), default=0.0)
+    if not got[0]:
+        raise UsageError("there is no tensor in the model's output, so that there is nothing to compare")
+    # Outputs go by their elements, gradients by their norms.
+    floors = (
+        LEAST_SHARE * max((largest(t) for t in want[0].values() if t.is_floating_point()), default=0.0),
+        LEAST_SHARE * max((g.double().norm().item() for g in want[1].values() if g.isfinite().all()), default=0.0),
+    )
     exact: dict[str, Tensor] | None = None
     found = [0.0]
-    for name, expected, result in (
-        *((n, t, got[0][n]) for n, t in want[0].items()),
-        *((n, t, got[1][n]) for n, t in want[1].items()),
+    for name, expected, result, is_gradient in (
+        *((n, t, got[0][n], False) for n, t in want[0].items()),
+        *((n, t, got[1][n], True) for n, t in want[1].items()),
     ):
         try:
-            found.append(_difference(name, result, expected, LEAST_SHARE * largest if name in want[1] else None))
+            found.append(_difference(name, result, expected, floors[is_gradient], is_gradient))
         except WrongResultsError:
             comparable = (result.shape, result.dtype) == (expected.shape, expected.dtype)
             if not comparable or expected.dtype not in _NARROW:
@@ -563,15 +578,15 @@ def _compared(
             errors = [(t.double() - best).norm().item() for t in (result, expected)]
             if not errors[0] <= 2 * errors[1] or not errors[1] <= FAR * best.norm().item():
                 raise
-            found.append((result - expected).abs().max().item() / max(1.0, best.abs().max().item()))
+            found.append((result - expected).abs().max().item() / max(floors[0], largest(best), sys.float_info.min))
     return max(found)
 
 
-def _difference(name: str, got: Tensor, want: Tensor, floor: float | None) -> float:
-    """How far a result is from torch's, if that is within rounding.
+def _difference(name: str, got: Tensor, want: Tensor, floor: float, is_gradient: bool) -> float:
+    """How far a result is from torch's, if that is within rounding: by its norm for a gradient, else by its elements.
 
     Args:
-        floor: of the norm of a gradient; None for what is no gradient, and is compared element by element.
+        floor: what the norm, or the largest element, counts as at least.
     """
     wrong = f"{OURS}: {name} is wrong."
     if (got.shape, got.dtype) != (want.shape, want.dtype):
@@ -589,7 +604,7 @@ def _difference(name: str, got: Tensor, want: Tensor, floor: float | None) -> fl
     steps = torch.finfo(want.dtype).eps
     got, want = got[known].double(), want[known].double()
     is_half = steps > torch.finfo(torch.float32).eps
-    if floor is not None:
+    if is_gradient:
         limit = max(GRADIENT_RTOL, HALF_STEPS * steps)
         apart = (got - want).norm().item() / max(want.norm().item(), floor, sys.float_info.min)
         if not apart <= limit:
@@ -597,11 +612,10 @@ def _difference(name: str, got: Tensor, want: Tensor, floor: float | None) -> fl
         return apart
     tolerance = HALF_STEPS * steps / RTOL if is_half else steps / torch.finfo(torch.float32).eps
     try:
-        assert_close(got, want, wrong, tolerance)
+        assert_close(got, want, wrong, tolerance, floor)
     except AssertionError as error:
         raise WrongResultsError(str(error)) from None
-    finite = want.isfinite()
-    return ((got - want)[finite].abs().max() / want[finite].abs().max().clamp(min=1)).item() if finite.any() else 0.0
+    return largest(got - want) / max(floor, largest(want), sys.float_info.min)
 
 
 def _kind(t: Tensor) -> str:

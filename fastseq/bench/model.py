@@ -64,9 +64,17 @@ class Input:
 
 
 def make_inputs(specs: Sequence[Input], device: str, seed: int = 0) -> tuple[Tensor, ...]:
-    """A model's positional arguments."""
+    """A model's positional arguments.
+
+    Raises:
+        UsageError: they cannot be made, as when they do not fit into memory.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return tuple(spec.tensor(generator, device) for spec in specs)
+    try:
+        return tuple(spec.tensor(generator, device) for spec in specs)
+    except RuntimeError as error:
+        shapes = ", ".join("x".join(map(str, spec.shape)) for spec in specs)
+        raise UsageError(f"inputs of {shapes} cannot be made: {in_short(error)}") from error
 
 
 def load(path: str, seed: int = 0) -> nn.Module:
