@@ -667,7 +667,7 @@ def _is_small(query: Any, key: Any, value: Any) -> bool:
     """Whether torch's function is ahead: what stands around our kernel takes longer than its own."""
     if query is None or key is None or value is None or not is_plain(query, key, value):
         return False
-    if min(query.dim(), key.dim()) < 2 or 0 in (query.numel(), key.numel()):
+    if query.is_nested or key.is_nested or min(query.dim(), key.dim()) < 2 or 0 in (query.numel(), key.numel()):
         return False
     least = LEAST_OF_ONE_QUERY[needs_graph(query, key, value)] if query.shape[-2] == 1 else LEAST_WORK
     return is_small(TABLE.name, query.numel() * key.shape[-2], least, query)
