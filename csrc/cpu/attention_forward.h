@@ -9,7 +9,8 @@ namespace fastseq::FASTSEQ_ISA {
 // Packed keys and values that one tile of queries after the other reads stay in the L2 cache.
 constexpr int64_t kPackedBytes = 256 * 1024;
 // Tiles of queries that share a packing of keys and values: so many that packing hardly counts. Where there are no more
-// than a few, values are better read where they are.
+// than a few, values are better read where they are: if one lies behind the other, or they would share few of the sets
+// of the L1 cache.
 constexpr int64_t kSharingTiles = 8, kFewTiles = 4;
 
 // Queries of a tile. Scores take 24 KB of the L1 cache, 16 KB with AVX-512.
@@ -81,7 +82,8 @@ struct AttentionForwardPass : AttentionRows<T> {
     const int64_t tasks = std::min(blocks, (wanted + heads - 1) / heads);
     chunk = average ? kStride : std::min(kSharingTiles, (blocks + tasks - 1) / tasks) * kStride;
     chunks = (this->longest_q + chunk - 1) / chunk;
-    in_place = chunk <= kFewTiles * kStride && this->stored == Stored::kSame && Ev == value_width && !this->padding;
+    in_place = chunk <= kFewTiles * kStride && this->stored == Stored::kSame && Ev == value_width && this->v.l == Ev &&
+               !this->padding;
   }
 
   int64_t tiled_keys() const { return (S + kTileKeys - 1) / kTileKeys * kTileKeys; }
@@ -147,8 +149,8 @@ struct AttentionForwardPass : AttentionRows<T> {
     if (!simple || task >= this->sequences * H) return ahead;
     const int64_t sample = task / H, h = task % H, head = h / this->group;
     const auto add = [&](int i, const Heads& from, int64_t count, int64_t width, int64_t of_head) {
-      if (from.l != width || count * width * int64_t(sizeof(T)) > kMostBytes) return;
-      ahead.at[i] = from.template row<const T>(sample, of_head, 0), ahead.left[i] = count * width;
+      if (count * width * int64_t(sizeof(T)) > kMostBytes) return;
+      ahead.pieces[i] = {from.template row<const T>(sample, of_head, 0), from.l, count, width};
     };
     add(0, this->q, L, E, h), add(1, this->k, S, E, head), add(2, this->v, S, Ev, head), add(3, this->out, L, Ev, h);
     return ahead;

@@ -197,19 +197,28 @@ struct Attention : Call {
     for (int64_t i = 0; i < tiles; ++i) body(count * i / tiles, count * (i + 1) / tiles);
   }
 
-  // Memory that is to come into the L2 cache while something else is multiplied.
+  // Rows that are to come into the L2 cache while something else is multiplied, a line of each of them after the other.
   struct Ahead {
-    static constexpr int kPieces = 4;
-    const T* at[kPieces];
-    int64_t left[kPieces];
-    const T* take(int64_t count, const T* otherwise) {
-      for (int i = 0; i < kPieces; ++i)
-        if (left[i] > 0) {
-          const T* taken = at[i];
-          at[i] += count, left[i] -= count;
-          return taken;
+    struct Piece {
+      const T* data;
+      int64_t row, rows, width;
+    };
+    Piece pieces[4];
+    int piece;
+    int64_t row, column;  // of the next line
+
+    // The lines of so many rows.
+    Panel<T> take(int64_t count, const T* otherwise) {
+      for (; piece < 4; ++piece, column = 0) {
+        const Piece& of = pieces[piece];
+        if (column < of.width) {
+          const Panel<T> lines{of.data + row * of.row + column, of.row};
+          row += count;
+          if (row >= of.rows) row = 0, column += kLine<T>;
+          return lines;
         }
-      return otherwise;
+      }
+      return {otherwise, kLine<T>};
     }
   };
 
@@ -221,7 +230,7 @@ struct Attention : Call {
       const int64_t end = std::min(tile.queries, end_query(seq, tile.s + to) - tile.l);
       for (int64_t i = std::max<int64_t>(0, first) / kPanel<T> * kPanel<T>; i < end; i += kPanel<T>)
         tile_rows<T>(to - from, K, {rows + from * K, K}, packed + i * K, products + from * kStride + i, kStride, false,
-                     ahead ? ahead->take(K * kLine<T>, packed + i * K) : packed + i * K);
+                     ahead ? ahead->take(K, packed + i * K) : Panel<T>{packed + i * K, kLine<T>});
     });
   }
 

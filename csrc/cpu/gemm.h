@@ -118,21 +118,20 @@ struct Panel {
   Panel(const T* panel, int64_t row = kPanel<T>) : data(panel), stride(row) {}
 };
 
-// Elements of a cache line, of which a tile fetches one for each of its K.
 template <typename T>
-constexpr int64_t kLine = 64 / sizeof(T);
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a line of the cache
 
-// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `gap` behind the one before. Fetches the K lines
-// at `ahead` into the L2 cache on the way.
+// sums[kRows][width] (+)= left[kRows][K] times kPanels panels, each `gap` behind the one before. Fetches a line of each
+// row at `ahead` into the L2 cache on the way.
 template <typename T, int kRows, int kPanels, bool kTransposedLeft>
 FASTSEQ_INLINE void tile(int64_t K, Left<T> left, Panel<T> panel, int64_t gap, T* sums, int64_t width, bool add,
-                         const T* ahead) {
+                         Panel<T> ahead) {
   constexpr int kVectors = kPanels * kPanelVectors;
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 64
   for (int i = 0; i < kRows * kVectors; ++i) acc[i / kVectors][i % kVectors] = Vec<T>{};
   for (int64_t k = 0; k < K; ++k) {
-    if constexpr (kPanels == 1) __builtin_prefetch(ahead + k * kLine<T>, 0, 2);
+    if constexpr (kPanels == 1) __builtin_prefetch(ahead.data + k * ahead.stride, 0, 2);
     Vec<T> w[kVectors];
     for (int j = 0; j < kVectors; ++j) w[j] = load(panel.data + j / 2 * gap + k * panel.stride + j % 2 * kLanes<T>);
     for (int i = 0; i < kRows; ++i) {
@@ -151,7 +150,7 @@ FASTSEQ_INLINE void tile(int64_t K, Left<T> left, Panel<T> panel, int64_t gap, T
 // Up to kMost rows of one panel.
 template <typename T, bool kTransposedLeft, int kMost>
 FASTSEQ_INLINE void tile_of_up_to(int64_t rows, int64_t K, Left<T> left, Panel<T> panel, T* sums, int64_t width,
-                                  bool add, const T* ahead) {
+                                  bool add, Panel<T> ahead) {
   if (rows == kMost)
     tile<T, kMost, 1, kTransposedLeft>(K, left, panel, 0, sums, width, add, ahead);
   else if constexpr (kMost > 1)
@@ -161,7 +160,7 @@ FASTSEQ_INLINE void tile_of_up_to(int64_t rows, int64_t K, Left<T> left, Panel<T
 // Up to kTileRows rows of one panel.
 template <typename T, bool kTransposedLeft = false>
 void tile_rows(int64_t rows, int64_t K, Left<T> left, Panel<T> panel, T* sums, int64_t width, bool add,
-               const T* ahead) {
+               Panel<T> ahead) {
   tile_of_up_to<T, kTransposedLeft, kTileRows>(rows, K, left, panel, sums, width, add, ahead);
 }
 

@@ -418,7 +418,7 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
           const T* left = matrix + (gate * H + first) * K;
           for (int64_t u = 0; u < count; u += kTileRows)
             tile_rows<T>(std::min<int64_t>(kTileRows, count - u), K, {left + u * K, K}, packed,
-                         products + (slot * kUnits + u) * kPanel<T>, kPanel<T>, true, left + u * K);
+                         products + (slot * kUnits + u) * kPanel<T>, kPanel<T>, true, {left + u * K, kLine<T>});
         };
         for (int gate = 0; gate < Cell::kGates; ++gate) {
           const int slot = (gate - Cell::kFirstGate + Cell::kGates) % Cell::kGates;
