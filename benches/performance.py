@@ -138,8 +138,9 @@ def every_case(run: Run) -> Section:
     ]
     columns = ("family", "case", "mode", "fastseq ms", *map(title, run.peers), "of the limit", "served by")
     text = (
-        "Marks are ratios of median times; a line goes from the first to the third quartile of the ratios of single"
-        f" turns, which are of the same moment. {len(rows)} races in all."
+        "A mark is the median of the ratios of single turns, whose two times are of the same moment, and a line goes"
+        " from their first to their third quartile; ONNX Runtime and OpenVINO are timed alone, and their ratios are"
+        f" those of their times to fastseq's median. {len(rows)} races in all."
     )
     label = "Ratios of each peer in each case, with quartiles"
     table = Table("cases", columns, rows, numbers=3, words=1, folded="All races as a table")
@@ -340,7 +341,8 @@ def how(run: Run) -> Section:
         f" {title('transformers')}'s Marian, whose weights are its own, and {title('plain')}, which does another thing."
         " Then fastseq and the peers that run in torch take turns, in a random order, with the same"
         " number of calls in a turn; ONNX Runtime and OpenVINO, whose threads go on spinning after a call, are timed"
-        " alone between two halves of the turns. Times are medians. `benches/race.py` has the details,"
+        " alone between two halves of the turns. Times are medians; ratios are medians of ratios, not ratios of these"
+        " medians. `benches/race.py` has the details,"
         " `benches/representative.py` the cases of `make bench`.",
         "Where torch lacks what fastseq has, it does what one does without: packed sequences of attention are padded,"
         " with a mask; decoding by a Transformer has no cache and computes all tokens anew in each step; beam search"

@@ -4,7 +4,8 @@ Machines are shared and drift, so fastseq and the peers that run in torch take t
 the same number of calls in a round. Their order within a round is random: with a fixed one, the time slices
 of other programs can fall into step with the turns and always hit the same one. Peers whose threads go on
 spinning after a call are timed on their own in the middle, between two halves of those turns. A peer's time
-is the median over its rounds; its ratio is that time over fastseq's.
+is the median over its rounds. Its ratio is the median of its times over fastseq's of the same round, or, where it was
+timed alone, over fastseq's median.
 """
 
 import copy
@@ -43,8 +44,9 @@ BRIEF = Effort(seconds=0.4, least_rounds=5, most_rounds=300)
 class Outcome:
     """What a race found: median seconds a call by name, why others were absent, and the floor in seconds.
 
-    `quartiles` are the first and the third of each peer's ratios: of the two times of a turn, or, of a peer that was
-    timed alone, of its times over fastseq's median.
+    Each peer's time over fastseq's is above 1 where fastseq is faster: `ratios` are medians, `quartiles` the first and
+    the third, of the ratios of a round's two times, or, of a peer that was timed alone, of its times over fastseq's
+    median.
     """
 
     op: str
@@ -55,14 +57,9 @@ class Outcome:
     bytes: int
     floor: float | None
     seconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
     quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """Each peer's time over fastseq's: above 1, fastseq is faster."""
-        ours = self.seconds[FASTSEQ.name]
-        return {name: theirs / ours for name, theirs in self.seconds.items() if name != FASTSEQ.name}
 
     @property
     def roofline_fraction(self) -> float | None:
@@ -142,14 +139,16 @@ def race(
     own = benchmark.stats.stats.data
     for name, rounds_of in times.items():
         beside = own if name in others else [outcome.seconds[FASTSEQ.name]] * len(rounds_of)
-        outcome.quartiles[name] = quartiles([theirs / ours for theirs, ours in zip(rounds_of, beside, strict=True)])
+        ratios = [theirs / ours for theirs, ours in zip(rounds_of, beside, strict=True)]
+        low, outcome.ratios[name], high = quartiles(ratios)
+        outcome.quartiles[name] = (low, high)
     return outcome
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third; of a single value, that value."""
-    first, _, third = quantiles(values, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    return first, third
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first, the median and the third; of a single value, that value."""
+    low, middle, high = quantiles(values, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return low, middle, high
 
 
 def job_of(case: Any, training: bool, threads: int) -> Job:

@@ -46,7 +46,7 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Race:
-    """One case in one mode; times are medians in seconds, ratios a peer's time over fastseq's."""
+    """One case in one mode; times are medians in seconds, ratios the median of a peer's over fastseq's."""
 
     op: str
     mode: str

@@ -403,8 +403,8 @@ def test_the_benches_write_what_the_report_reads(tmp_path: Path) -> None:
     assert [race.mode for race in run.series["overhead"]] == ["inference", "training"]
     for race in run.races:
         low, high = race.quartiles["torch"]
-        assert 0 < low <= high and race.flops > 0 and race.bytes > 0 and race.seconds > 0
-        assert race.ratios["torch"] == pytest.approx(race.median_seconds["torch"] / race.seconds)
+        assert 0 < low <= race.ratios["torch"] <= high
+        assert race.flops > 0 and race.bytes > 0 and race.seconds > 0
     (tmp_path / "README.md").write_text(f"{performance.BEGIN}{performance.END}")
     performance.main(path, tmp_path / "docs", tmp_path / "README.md")
     assert "| LSTM | inference |" in (tmp_path / "docs" / "performance.md").read_text()

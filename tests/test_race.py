@@ -95,6 +95,26 @@ def test_a_model_of_lstms_has_their_flops() -> None:
     assert (lstm, gru) == (rows * (4 * 2 * 16 * 16 + output), rows * (3 * 2 * 16 * 16 + output))
 
 
+def test_ratios_are_medians_of_those_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that gets slower; that of the medians would be 2, which is outside of the quartiles."""
+    ours, theirs, alone = [1.0, 2.0, 3.0, 4.0, 9.0], [3.0, 6.0, 1.0, 12.0, 27.0], [12.0, 3.0, 6.0]
+    stats = SimpleNamespace(stats=SimpleNamespace(median=3.0, data=ours))
+
+    def pedantic(call: Any, rounds: int, iterations: int, teardown: Any) -> None:
+        for _ in range(rounds):
+            teardown()
+
+    others = [Peer("beside", peers.torch_call), Peer("alone", peers.torch_call, alone=True)]
+    monkeypatch.setattr(race, "clock", lambda call, loops: theirs.pop(0))
+    monkeypatch.setattr(race, "time_alone", lambda *_: alone)
+    effort = SimpleNamespace(plan=lambda contestants: (5, 1))
+    timed = SimpleNamespace(pedantic=pedantic, stats=stats)
+    outcome = race.race(timed, "op", "inference", AttentionCase(1, 8), others, 1, effort, None)  # type: ignore[arg-type]
+    assert outcome and outcome.seconds == {"fastseq": 3.0, "beside": 6.0, "alone": 6.0}
+    assert outcome.ratios == {"beside": 3.0, "alone": 2.0}
+    assert outcome.quartiles == {"beside": (3.0, 3.0), "alone": (1.5, 3.0)}
+
+
 def test_generation_has_no_limit() -> None:
     pedantic = SimpleNamespace(stats=SimpleNamespace(stats=SimpleNamespace(median=1.0, data=[1.0])))
     pedantic.pedantic = lambda call, rounds, iterations, teardown: teardown()
