@@ -38,7 +38,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--representative",
         action="store_true",
-        help="what benches/representative.py names, each for a shorter time: ten minutes",
+        help="what benches/representative.py names, each for a shorter time: fifteen minutes",
     )
     group.addoption(
         "--smoke",

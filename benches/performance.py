@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from string import Template
 from typing import Annotated
 
@@ -130,13 +131,14 @@ def every_case(run: Run) -> Section:
             milliseconds(race.seconds),
             *(ratio(race, peer, run) for peer in run.peers),
             share(race),
+            Cell(str(race.rounds), race.rounds),
             Cell(race.served_by),
         ]
         for family in run.families
         for race in run.races
         if race.family == family
     ]
-    columns = ("family", "case", "mode", "fastseq ms", *map(title, run.peers), "of the limit", "served by")
+    columns = ("family", "case", "mode", "fastseq ms", *map(title, run.peers), "of the limit", "rounds", "served by")
     text = (
         "A mark is the median of the ratios of single turns, whose two times are of the same moment, and a line goes"
         " from their first to their third quartile; ONNX Runtime and OpenVINO are timed alone, and their ratios are"
@@ -342,7 +344,7 @@ def how(run: Run) -> Section:
         " Then fastseq and the peers that run in torch take turns, in a random order, with the same"
         " number of calls in a turn; ONNX Runtime and OpenVINO, whose threads go on spinning after a call, are timed"
         " alone between two halves of the turns. Times are medians; ratios are medians of ratios, not ratios of these"
-        " medians. `benches/race.py` has the details,"
+        f" medians.{rounds(run.races)} `benches/race.py` has the details,"
         " `benches/representative.py` the cases of `make bench`.",
         "Where torch lacks what fastseq has, it does what one does without: packed sequences of attention are padded,"
         " with a mask; decoding by a Transformer has no cache and computes all tokens anew in each step; beam search"
@@ -352,6 +354,15 @@ def how(run: Run) -> Section:
     if absent:
         text.append(f"Not in this run: {'; '.join(absent)}.")
     return Section("How it was measured", text)
+
+
+def rounds(races: Sequence[Race]) -> str:
+    """How many there were, as a sentence."""
+    counts = [race.rounds for race in races]
+    if not counts:
+        return ""
+    many = f"{min(counts)} to {max(counts)} rounds" if len(set(counts)) > 1 else f"rounds: {counts[0]}"
+    return f" Races have {many} of turns, {median(counts):.0f} in the median; the fewest where a call takes longest."
 
 
 def as_markdown(run: Run, sections: Sequence[Section]) -> str:

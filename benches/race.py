@@ -34,10 +34,27 @@ SETTLE_S = 0.05
 # Between root mean squares of two draws of so many elements; of fewer, they are further apart.
 RANDOM_RTOL, RANDOM_COUNT = 0.02, 100_000
 
+
+@dataclass(frozen=True)
+class Brief(Effort):
+    """For the representative cases, so that all of them take some fifteen minutes: quartiles of five rounds say little,
+    but where a round is long there are no more.
+    """
+
+    seconds: float = 0.4
+    least_rounds: int = 9
+    least_long_rounds: int = 5
+    long_round_s: float = 1.2
+
+    def plan(self, contestants: Sequence[Contestant]) -> tuple[int, int]:
+        long = sum(contestant.seconds for contestant in contestants) > self.long_round_s
+        least = self.least_long_rounds if long else self.least_rounds
+        return Effort(self.seconds, least, self.most_rounds).plan(contestants)
+
+
 FULL = Effort(seconds=1.5, least_rounds=5, most_rounds=300)
+BRIEF = Brief()
 SMOKE = Effort(seconds=0, least_rounds=1, most_rounds=1)
-# Of the representative cases, so that all of them take ten minutes.
-BRIEF = Effort(seconds=0.4, least_rounds=5, most_rounds=300)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What `make bench` runs, about ten minutes of two cores: three to five cases of each family, from small to large.
+"""What `make bench` runs, about fifteen minutes of two cores: three to five cases of each family, from small to large.
 
 By test as pytest names it, the names of its cases, in both modes if the test has both; EVERY is all of its cases.
 torch.compile races in the first case of each line only: compiling takes longer than racing, some ten seconds each.

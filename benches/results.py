@@ -46,7 +46,9 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Race:
-    """One case in one mode; times are medians in seconds, ratios the median of a peer's over fastseq's."""
+    """One case in one mode; times are medians in seconds, ratios the median of a peer's over fastseq's. Peers that are
+    timed alone have other numbers of rounds.
+    """
 
     op: str
     mode: str
@@ -60,6 +62,7 @@ class Race:
     flops: int
     bytes: int
     roofline_fraction: float | None
+    rounds: int
     series: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -168,5 +171,5 @@ def load(path: Path) -> Run:
         if kind == "first call":
             first_calls.append(info["series"])
         elif "op" in info:
-            (series.setdefault(kind, []) if kind else races).append(Race(**info))
+            (series.setdefault(kind, []) if kind else races).append(Race(**info, rounds=benchmark["stats"]["rounds"]))
     return Run(races, series, first_calls, machine, content.get("datetime", "")[:10])

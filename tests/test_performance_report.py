@@ -43,7 +43,7 @@ def race(op: str, mode: str, case: str, ours: float, peers: dict[str, float], **
         bytes=10**7,
         roofline_fraction=0.4,
     )
-    return {"name": case, "extra_info": {**info, **more}}
+    return {"name": case, "extra_info": {**info, **more}, "stats": {"rounds": 9 if ours < 1e-2 else 5}}
 
 
 def series(kind: str, mode: str, case: str, ours: float, **more: Any) -> Results:
@@ -193,6 +193,13 @@ def test_cases_behind_a_peer_are_listed_worst_first(report: Any, results: Result
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
     assert rows[0].startswith("| something new |") and len(rows) == 4
     assert "plain" not in section
+
+
+def test_the_number_of_rounds_is_told(report: Any, results: Results) -> None:
+    markdown = (report(results) / "performance.md").read_text()
+    cases = table_after("Every case", markdown)
+    assert [cases["LSTM", f"T{T}_B1_H128"]["rounds"] for T in (9, 100)] == ["9", "5"]
+    assert "Races have 5 to 9 rounds of turns, 9 in the median" in markdown
 
 
 def test_nobody_ahead_is_said(report: Any, results: Results) -> None:

@@ -115,6 +115,12 @@ def test_ratios_are_medians_of_those_of_rounds(monkeypatch: pytest.MonkeyPatch) 
     assert outcome.quartiles == {"beside": (3.0, 3.0), "alone": (1.5, 3.0)}
 
 
+def test_long_rounds_are_fewer() -> None:
+    """Of brief races; of short ones there are as many as fit."""
+    for seconds, rounds in ((0.01, 40), (0.1, 9), (0.5, 9), (1.0, 5)):
+        assert race.BRIEF.plan([Contestant(tuple, seconds)] * 2)[0] == rounds
+
+
 def test_generation_has_no_limit() -> None:
     pedantic = SimpleNamespace(stats=SimpleNamespace(stats=SimpleNamespace(median=1.0, data=[1.0])))
     pedantic.pedantic = lambda call, rounds, iterations, teardown: teardown()
