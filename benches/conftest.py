@@ -14,6 +14,7 @@ from race import BRIEF, FULL, SMOKE
 from race import race as run_race
 from report import commit, cpu, render, versions
 from representative import is_first, is_representative
+from results import LEFT_OUT
 from roofline import UnmeasuredError, measure
 
 from fastseq import native
@@ -21,7 +22,6 @@ from fastseq import native
 SMOKE_PEERS = "torch,numba,plain,onnxruntime"
 OUTCOMES = pytest.StashKey[list]()
 ROOFLINE = pytest.StashKey[object]()  # the rates, or why there are none
-LEFT_OUT = "only in make bench-full"
 
 
 def pytest_addoption(parser):

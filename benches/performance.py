@@ -15,7 +15,7 @@ from typing import Annotated
 
 import plots
 import typer
-from results import MODES, NOTHING, OURS, Race, Run, UnreadableError, load, title
+from results import LEFT_OUT, MODES, NOTHING, OURS, Race, Run, UnreadableError, load, title
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_name("page.html")
@@ -446,9 +446,13 @@ def aligned(table: Table, column: int) -> str:
 
 
 def takes_part(run: Run, peer: str, mode: str) -> bool:
-    """Whether a peer has results in a mode, or would have if it were installed."""
+    """Whether a peer has results in a mode, or would have if it were installed; if it was left out of most cases, what
+    there is says little.
+    """
     able = any(mode in known["modes"] for known in run.machine["peers"] if known["name"] == peer)
     races = [race for race in run.races if race.mode == mode]
+    left_out = sum(race.absent.get(peer) == LEFT_OUT for race in races)
+    able = able and left_out <= sum(peer in race.ratios for race in races)
     return able and (run.mean(races, peer) is not None or run.why_not(races, peer) == "not installed")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 OURS = "fastseq"
 MODES = ("inference", "training")
 NOTHING = "-"  # for a peer that has no part in a case
+LEFT_OUT = "only in make bench-full"  # for one that could race, and would take too long
 
 # In the report's order, with the names that the benches file their races under; others follow by their own names.
 FAMILIES = {

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benches"))
 import performance  # noqa: E402
 import plots  # noqa: E402
-from results import UnreadableError, load  # noqa: E402
+from results import LEFT_OUT, UnreadableError, load  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PEERS = {"torch": 1.5, "numba": 1.2, "plain": 0.9, "torch.compile": 1.3, "onnxruntime": 0.8}
@@ -174,6 +174,19 @@ def test_a_peer_that_is_not_installed_is_shown_so(report: Any, results: Results)
     assert re.search(r"\| LSTM \|.* not installed \|", readme)
     assert not re.search(r"\| 0\.00 \|", markdown + readme)
     assert '<td class="number">not installed</td>' in (docs / "performance.html").read_text()
+
+
+def test_who_was_left_out_of_most_cases_is_not_in_the_readme(report: Any, results: Results) -> None:
+    for benchmark, left_out in zip(results["benchmarks"][:3], (False, True, True), strict=True):
+        if left_out:
+            del benchmark["extra_info"]["ratios"]["torch.compile"]
+            benchmark["extra_info"]["absent"]["torch.compile"] = LEFT_OUT
+    docs = report(results)
+    assert table_after("At a glance", (docs / "performance.md").read_text())["LSTM", "inference"]["torch.compile"]
+    assert "torch.compile" not in (docs.parent / "README.md").read_text()
+    results["benchmarks"][1]["extra_info"]["ratios"]["torch.compile"] = 1.3
+    del results["benchmarks"][1]["extra_info"]["absent"]["torch.compile"]
+    assert "inference: torch.compile" in (report(results).parent / "README.md").read_text()
 
 
 def test_a_peer_that_nobody_asked_for_was_not_run(report: Any, results: Results) -> None:
