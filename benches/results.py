@@ -160,9 +160,10 @@ def load(path: Path) -> Run:
         raise UnreadableError(f"{path}: {error.strerror}; make bench writes it") from None
     except ValueError as error:
         raise UnreadableError(f"{path} is not JSON: {error}") from None
-    machine = content.get("machine_info", {}).get("fastseq") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    machine = content.get("fastseq") or content.get("machine_info", {}).get("fastseq")  # in older runs
     if machine is None:
-        raise UnreadableError(f"{path} is not of fastseq's benches: it lacks machine_info.fastseq")
+        raise UnreadableError(f"{path} is not of fastseq's benches: it lacks fastseq")
     races: list[Race] = []
     series: dict[str, list[Race]] = {}
     first_calls = []
