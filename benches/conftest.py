@@ -88,15 +88,24 @@ def threads(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def roofline(pytestconfig, threads):
-    """The machine's rates, or None where they cannot be measured."""
-    try:
-        rates = measure(threads)
-    except UnmeasuredError as reason:
-        pytestconfig.stash[ROOFLINE] = f"not measured: {reason}"
-        return None
-    pytestconfig.stash[ROOFLINE] = rates
-    return rates
+def limited(pytestconfig, threads):
+    """Outcomes, with what the JSON says of them, that get the machine's limit when all are there."""
+    found = []
+
+    def measured():
+        try:
+            return measure(threads)
+        except UnmeasuredError as reason:
+            pytestconfig.stash[ROOFLINE] = f"not measured: {reason}"
+
+    at_start = measured()
+    yield found
+    at_end = at_start and measured()
+    if at_end:
+        rates = pytestconfig.stash[ROOFLINE] = at_start.best_of(at_end)
+        for outcome, info in found:
+            outcome.limit(rates)
+            info["roofline_fraction"] = outcome.roofline_fraction
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +115,7 @@ def effort(pytestconfig):
 
 
 @pytest.fixture
-def race(request, benchmark, pytestconfig, threads, roofline, effort):
+def race(request, benchmark, pytestconfig, threads, limited, effort):
     """Races fastseq against the chosen peers: call it with the op's name, the mode and the case.
 
     A series races against some peers only (`among`), perhaps with other `threads`; `series` is kept in the JSON.
@@ -123,8 +132,7 @@ def race(request, benchmark, pytestconfig, threads, roofline, effort):
         torch.set_num_threads(threads)
         try:
             racing = [peer for peer in peers if peer.name not in left_out]
-            rates = roofline if threads == before else None
-            outcome = run_race(benchmark, op, mode, case, racing, threads, effort, rates)
+            outcome = run_race(benchmark, op, mode, case, racing, threads, effort)
         finally:
             torch.set_num_threads(before)
         if outcome is None:
@@ -148,6 +156,8 @@ def race(request, benchmark, pytestconfig, threads, roofline, effort):
             **({"series": series} if series else {}),
         )
         pytestconfig.stash[OUTCOMES].append(outcome)
+        if threads == before:
+            limited.append((outcome, benchmark.extra_info))
         return outcome
 
     return run

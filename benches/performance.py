@@ -202,10 +202,11 @@ def limit(run: Run) -> Section:
     return Section(
         "The machine's limit",
         [
-            f"Measured in the same run, with all threads: {rates['gflops']:.0f} GFLOP/s of float32 multiply-adds, and"
-            f" reads in GB/s from {reads}. A case's limit is the time that its FLOPs take at this rate, or its least"
-            " traffic at that of the caches which hold it, whichever is more. It knows no writing, no exponentials and"
-            " no waiting for each other, so nothing reaches it.",
+            "Measured with all threads at the run's start and at its end, of which the larger counts:"
+            f" {rates['gflops']:.0f} GFLOP/s of float32 multiply-adds, and reads in GB/s from {reads}. A case's limit"
+            " is the time that its FLOPs take at this rate, or its least traffic at that of the caches which hold it,"
+            " whichever is more. It knows no writing, no exponentials and no waiting for each other, so nothing reaches"
+            " it.",
             f"{near} of {len(with_limit)} races are at {NEAR:.0%} of it or more (the dashed line). Cases of no counted"
             " FLOPs, as the fused pieces, are on the right only.",
         ],

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from peers import FASTSEQ, OUTPUTS, SEED, AbsentError, Job, Peer, exact, served_by
-from roofline import Roofline
+from roofline import Roofline, Traffic
 
 import fastseq
 from fastseq.bench import GRADIENT_RTOL, LEAST_SHARE, Contestant, Effort, assert_close, clock, largest, warm_up
@@ -59,7 +59,8 @@ SMOKE = Effort(seconds=0, least_rounds=1, most_rounds=1)
 
 @dataclass
 class Outcome:
-    """What a race found: median seconds a call by name, why others were absent, and the floor in seconds.
+    """What a race found: median seconds a call by name, why others were absent, and the floor in seconds, once the
+    machine's rates are known.
 
     Each peer's time over fastseq's is above 1 where fastseq is faster: `ratios` are medians, `quartiles` the first and
     the third, of the ratios of a round's two times, or, of a peer that was timed alone, of its times over fastseq's
@@ -71,12 +72,21 @@ class Outcome:
     case: str
     served_by: str
     flops: int
-    bytes: int
-    floor: float | None
+    traffic: Sequence[Traffic]
+    floor: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(traffic.bytes for traffic in self.traffic)
+
+    def limit(self, roofline: Roofline) -> None:
+        """Sets the floor; without FLOPs and traffic there is none."""
+        if self.flops or self.traffic:
+            self.floor = roofline.floor(self.flops, self.traffic)
 
     @property
     def roofline_fraction(self) -> float | None:
@@ -91,7 +101,6 @@ def race(
     peers: Sequence[Peer],
     threads: int,
     effort: Effort,
-    roofline: Roofline | None,
 ) -> Outcome | None:
     """Races fastseq against its peers on a case.
 
@@ -101,12 +110,10 @@ def race(
         op: what the case is filed under.
         mode: one of MODES.
         case: has `task(training)`, `flops(training)`, `traffic(training)` and a name; it may have `ours(training)`,
-            `plain(training)`, `onnx_model()` and `random` for a job's parts of these names. Without FLOPs and traffic
-            there is no floor.
+            `plain(training)`, `onnx_model()` and `random` for a job's parts of these names.
         peers: those to race against.
         threads: the threads that everyone gets.
         effort: how much to run.
-        roofline: the machine's rates, if they are known.
 
     Returns:
         The outcome, or None if pytest-benchmark is told not to time anything.
@@ -116,10 +123,8 @@ def race(
     """
     training = mode == "training"
     job = job_of(case, training, threads)
-    flops, traffic = case.flops(training), case.traffic(training)
-    floor = roofline.floor(flops, traffic) if roofline and (flops or traffic) else None
     served = ", ".join(sorted(served_by(job.ours.layer)))
-    outcome = Outcome(op, mode, str(case), served, flops, sum(t.bytes for t in traffic), floor)
+    outcome = Outcome(op, mode, str(case), served, case.flops(training), case.traffic(training))
     with torch.set_grad_enabled(training):
         expected = exact(job)
         ours = enter(FASTSEQ, job, expected)

@@ -425,6 +425,7 @@ def test_the_benches_write_what_the_report_reads(tmp_path: Path) -> None:
         low, high = race.quartiles["torch"]
         assert 0 < low <= race.ratios["torch"] <= high
         assert race.flops > 0 and race.bytes > 0 and race.seconds > 0
+        assert (race.roofline_fraction is not None) == isinstance(run.machine["roofline"], dict)
     (tmp_path / "README.md").write_text(f"{performance.BEGIN}{performance.END}")
     performance.main(path, tmp_path / "docs", tmp_path / "README.md")
     assert "| LSTM | inference |" in (tmp_path / "docs" / "performance.md").read_text()
