@@ -306,9 +306,9 @@ def first_calls(run: Run) -> Section:
         "First calls",
         [
             "A process for each: from the first import to the first result, in inference. numba and torch.compile"
-            " compile for the first process and keep the result for the next (`again`). fastseq's kernels in C++ were"
-            " compiled when it was installed. torch.compile unrolls recurrent layers, which takes too long for 100"
-            " steps.",
+            " compile for the first process and keep the result for the next (`from the cache`). fastseq's kernels in"
+            " C++ were compiled when it was installed. torch.compile unrolls recurrent layers, which takes too long for"
+            " 100 steps.",
         ],
         [Figure("first-calls", "Seconds from the first import to the first result", plots.first_calls(run))],
         [Table("first-calls", columns, rows, numbers=3)],

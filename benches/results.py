@@ -39,6 +39,8 @@ TITLES = {
     "numba": "fastseq's numba",
     "plain": "fastseq, plain",
 }
+# What a run was measured on.
+MACHINE = ("cpu", "instruction_set", "threads", "commit", "versions", "run", "roofline", "peers")
 
 
 class UnreadableError(Exception):
@@ -162,16 +164,20 @@ def load(path: Path) -> Run:
         raise UnreadableError(f"{path} is not JSON: {error}") from None
     content = content if isinstance(content, dict) else {}
     machine = content.get("fastseq") or content.get("machine_info", {}).get("fastseq")  # in older runs
-    if machine is None:
+    if not isinstance(machine, dict):
         raise UnreadableError(f"{path} is not of fastseq's benches: it lacks fastseq")
-    races: list[Race] = []
-    series: dict[str, list[Race]] = {}
-    first_calls = []
-    for benchmark in content["benchmarks"]:
-        info = benchmark["extra_info"]
-        kind = info.get("series", {}).get("kind")
-        if kind == "first call":
-            first_calls.append(info["series"])
-        elif "op" in info:
-            (series.setdefault(kind, []) if kind else races).append(Race(**info, rounds=benchmark["stats"]["rounds"]))
-    return Run(races, series, first_calls, machine, content.get("datetime", "")[:10])
+    if missing := [name for name in MACHINE if name not in machine]:
+        raise UnreadableError(f"{path} is of other benches than these: its fastseq lacks {', '.join(missing)}")
+    run = Run([], {}, [], machine, content.get("datetime", "")[:10])
+    try:
+        for benchmark in content["benchmarks"]:
+            info = benchmark["extra_info"]
+            kind = info.get("series", {}).get("kind")
+            if kind == "first call":
+                run.first_calls.append(info["series"])
+            elif "op" in info:
+                of_its_kind = run.series.setdefault(kind, []) if kind else run.races
+                of_its_kind.append(Race(**info, rounds=benchmark["stats"]["rounds"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UnreadableError(f"{path} is of other benches than these: {type(error).__name__}: {error}") from None
+    return run

@@ -324,6 +324,32 @@ def test_a_file_of_something_else(tmp_path: Path, capsys: Any, content: str | No
     assert said in capsys.readouterr().err and [*tmp_path.iterdir()] == [path] * path.exists()
 
 
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        (lambda results: results["fastseq"].pop("peers"), "its fastseq lacks peers"),
+        (lambda results: results.pop("benchmarks"), "KeyError: 'benchmarks'"),
+        (lambda results: results["benchmarks"][0].pop("stats"), "KeyError: 'stats'"),
+        (lambda results: results["benchmarks"][0]["extra_info"].pop("quartiles"), "argument: 'quartiles'"),
+        (lambda results: results["benchmarks"][0]["extra_info"].update(new=1), "argument 'new'"),
+        (lambda results: results["benchmarks"].insert(0, []), "TypeError: "),
+    ],
+)
+def test_a_file_of_other_benches(tmp_path: Path, results: Results, lacking: Any, said: str) -> None:
+    lacking(results)
+    (tmp_path / "bench.json").write_text(json.dumps(results))
+    with pytest.raises(UnreadableError, match=f"is of other benches than these: .*{said}"):
+        load(tmp_path / "bench.json")
+
+
+def test_as_many_threads_as_asked_for() -> None:
+    """Of 1, 2, 4 and so on."""
+    pytest.importorskip("pytest_benchmark", reason="the benches need pytest-benchmark, of the extra bench")
+    for threads, counts in ((1, {"1"}), (4, {"1", "2", "4"})):
+        collected = run_benches("--collect-only", "-k", "test_threads", f"--threads={threads}")
+        assert set(re.findall(r"test_threads\[(\d+)-", collected)) == counts
+
+
 def test_a_readme_without_markers(report: Any, results: Results, tmp_path: Path, capsys: Any) -> None:
     docs = report(results)
     (tmp_path / "README.md").write_text("nothing")
