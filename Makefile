@@ -26,7 +26,7 @@ lint: $(DONE)
 	$(BIN)/mypy
 
 # Both need a machine with nothing else to do, and leave what make report reads.
-bench: $(VENV)/.bench  ## representative cases of every family against every peer, and series: 13 minutes
+bench: $(VENV)/.bench  ## representative cases of every family against every peer, and series: 15 minutes
 	mkdir -p out
 	$(BIN)/python -m pytest benches --representative --benchmark-json=out/bench.json
 

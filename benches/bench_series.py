@@ -13,7 +13,6 @@ import first_call
 import memory
 import pytest
 import recurrent
-import torch
 from attention import LayerCase
 from bench_fused import Case as FusedCase
 from bench_fused import our_swiglu, torchs_swiglu
@@ -74,7 +73,6 @@ THREADS = [
     Point("MultiheadAttention", LayerCase(512, 8, 8, 128)),
     Point("TransformerEncoderLayer", EncoderCase(512, 8, 8, 128)),
 ]
-COUNTS = [2**k for k in range(torch.get_num_threads().bit_length())]
 
 OVERHEAD = [
     *(Point(kind.__name__, recurrent.Case(1, 1, 8, kind=kind)) for kind in (nn.LSTM, nn.GRU, nn.RNN)),
@@ -86,6 +84,12 @@ OVERHEAD = [
 ]
 
 
+def pytest_generate_tests(metafunc):
+    if "count" in metafunc.fixturenames:
+        most = metafunc.config.option.threads
+        metafunc.parametrize("count", [2**k for k in range(most.bit_length())])
+
+
 @pytest.mark.parametrize("case", SCALING, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_scaling(race, mode, case):
@@ -94,7 +98,6 @@ def test_scaling(race, mode, case):
 
 
 @pytest.mark.parametrize("case", THREADS, ids=str)
-@pytest.mark.parametrize("count", COUNTS)
 def test_threads(race, count, case):
     series = dict(kind="threads", layer=case.layer)
     race(

@@ -2,7 +2,7 @@
 
 All of pytest-benchmark's command line works; its statistics are of fastseq's own calls. The peers' times, the
 ratios and the fraction of the roofline are in `extra_info` of its JSON and in the tables at the end; what they were
-measured on is in the JSON's `machine_info`, under `fastseq`. performance.py makes a report of all that.
+measured on is at the top of that JSON, under `fastseq`. performance.py makes a report of all that.
 """
 
 from dataclasses import asdict
@@ -14,6 +14,7 @@ from race import BRIEF, FULL, SMOKE
 from race import race as run_race
 from report import commit, cpu, render, versions
 from representative import is_first, is_representative
+from results import LEFT_OUT
 from roofline import UnmeasuredError, measure
 
 from fastseq import native
@@ -21,7 +22,6 @@ from fastseq import native
 SMOKE_PEERS = "torch,numba,plain,onnxruntime"
 OUTCOMES = pytest.StashKey[list]()
 ROOFLINE = pytest.StashKey[object]()  # the rates, or why there are none
-LEFT_OUT = "only in make bench-full"
 
 
 def pytest_addoption(parser):
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--representative",
         action="store_true",
-        help="what benches/representative.py names, each for a shorter time: ten minutes",
+        help="what benches/representative.py names, each for a shorter time: fifteen minutes",
     )
     group.addoption(
         "--smoke",
@@ -88,15 +88,24 @@ def threads(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def roofline(pytestconfig, threads):
-    """The machine's rates, or None where they cannot be measured."""
-    try:
-        rates = measure(threads)
-    except UnmeasuredError as reason:
-        pytestconfig.stash[ROOFLINE] = f"not measured: {reason}"
-        return None
-    pytestconfig.stash[ROOFLINE] = rates
-    return rates
+def limited(pytestconfig, threads):
+    """Outcomes, with what the JSON says of them, that get the machine's limit when all are there."""
+    found = []
+
+    def measured():
+        try:
+            return measure(threads)
+        except UnmeasuredError as reason:
+            pytestconfig.stash[ROOFLINE] = f"not measured: {reason}"
+
+    at_start = measured()
+    yield found
+    at_end = at_start and measured()
+    if at_end:
+        rates = pytestconfig.stash[ROOFLINE] = at_start.best_of(at_end)
+        for outcome, info in found:
+            outcome.limit(rates)
+            info["roofline_fraction"] = outcome.roofline_fraction
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +115,7 @@ def effort(pytestconfig):
 
 
 @pytest.fixture
-def race(request, benchmark, pytestconfig, threads, roofline, effort):
+def race(request, benchmark, pytestconfig, threads, limited, effort):
     """Races fastseq against the chosen peers: call it with the op's name, the mode and the case.
 
     A series races against some peers only (`among`), perhaps with other `threads`; `series` is kept in the JSON.
@@ -123,8 +132,7 @@ def race(request, benchmark, pytestconfig, threads, roofline, effort):
         torch.set_num_threads(threads)
         try:
             racing = [peer for peer in peers if peer.name not in left_out]
-            rates = roofline if threads == before else None
-            outcome = run_race(benchmark, op, mode, case, racing, threads, effort, rates)
+            outcome = run_race(benchmark, op, mode, case, racing, threads, effort)
         finally:
             torch.set_num_threads(before)
         if outcome is None:
@@ -148,14 +156,21 @@ def race(request, benchmark, pytestconfig, threads, roofline, effort):
             **({"series": series} if series else {}),
         )
         pytestconfig.stash[OUTCOMES].append(outcome)
+        if threads == before:
+            limited.append((outcome, benchmark.extra_info))
         return outcome
 
     return run
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    # The clock of the moment differs from run to run, and --benchmark-compare would tell of another machine.
+    machine_info["cpu"] = {name: x for name, x in machine_info["cpu"].items() if not name.startswith("hz_actual")}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
     rates = config.stash[ROOFLINE]
-    machine_info["fastseq"] = {
+    output_json["fastseq"] = {
         "cpu": cpu(),
         "instruction_set": native.instruction_set(),
         "threads": config.option.threads,

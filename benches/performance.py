@@ -9,12 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from string import Template
 from typing import Annotated
 
 import plots
 import typer
-from results import MODES, NOTHING, OURS, Race, Run, UnreadableError, load, title
+from results import LEFT_OUT, MODES, NOTHING, OURS, Race, Run, UnreadableError, load, title
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_name("page.html")
@@ -130,16 +131,18 @@ def every_case(run: Run) -> Section:
             milliseconds(race.seconds),
             *(ratio(race, peer, run) for peer in run.peers),
             share(race),
+            Cell(str(race.rounds), race.rounds),
             Cell(race.served_by),
         ]
         for family in run.families
         for race in run.races
         if race.family == family
     ]
-    columns = ("family", "case", "mode", "fastseq ms", *map(title, run.peers), "of the limit", "served by")
+    columns = ("family", "case", "mode", "fastseq ms", *map(title, run.peers), "of the limit", "rounds", "served by")
     text = (
-        "Marks are ratios of median times; a line goes from the first to the third quartile of the ratios of single"
-        f" turns, which are of the same moment. {len(rows)} races in all."
+        "A mark is the median of the ratios of single turns, whose two times are of the same moment, and a line goes"
+        " from their first to their third quartile; ONNX Runtime and OpenVINO are timed alone, and their ratios are"
+        f" those of their times to fastseq's median. {len(rows)} races in all."
     )
     label = "Ratios of each peer in each case, with quartiles"
     table = Table("cases", columns, rows, numbers=3, words=1, folded="All races as a table")
@@ -199,10 +202,11 @@ def limit(run: Run) -> Section:
     return Section(
         "The machine's limit",
         [
-            f"Measured in the same run, with all threads: {rates['gflops']:.0f} GFLOP/s of float32 multiply-adds, and"
-            f" reads in GB/s from {reads}. A case's limit is the time that its FLOPs take at this rate, or its least"
-            " traffic at that of the caches which hold it, whichever is more. It knows no writing, no exponentials and"
-            " no waiting for each other, so nothing reaches it.",
+            "Measured with all threads at the run's start and at its end, of which the larger counts:"
+            f" {rates['gflops']:.0f} GFLOP/s of float32 multiply-adds, and reads in GB/s from {reads}. A case's limit"
+            " is the time that its FLOPs take at this rate, or its least traffic at that of the caches which hold it,"
+            " whichever is more. It knows no writing, no exponentials and no waiting for each other, so nothing reaches"
+            " it.",
             f"{near} of {len(with_limit)} races are at {NEAR:.0%} of it or more (the dashed line). Cases of no counted"
             " FLOPs, as the fused pieces, are on the right only.",
         ],
@@ -302,9 +306,9 @@ def first_calls(run: Run) -> Section:
         "First calls",
         [
             "A process for each: from the first import to the first result, in inference. numba and torch.compile"
-            " compile for the first process and keep the result for the next (`again`). fastseq's kernels in C++ were"
-            " compiled when it was installed. torch.compile unrolls recurrent layers, which takes too long for 100"
-            " steps.",
+            " compile for the first process and keep the result for the next (`from the cache`). fastseq's kernels in"
+            " C++ were compiled when it was installed. torch.compile unrolls recurrent layers, which takes too long for"
+            " 100 steps.",
         ],
         [Figure("first-calls", "Seconds from the first import to the first result", plots.first_calls(run))],
         [Table("first-calls", columns, rows, numbers=3)],
@@ -340,7 +344,8 @@ def how(run: Run) -> Section:
         f" {title('transformers')}'s Marian, whose weights are its own, and {title('plain')}, which does another thing."
         " Then fastseq and the peers that run in torch take turns, in a random order, with the same"
         " number of calls in a turn; ONNX Runtime and OpenVINO, whose threads go on spinning after a call, are timed"
-        " alone between two halves of the turns. Times are medians. `benches/race.py` has the details,"
+        " alone between two halves of the turns. Times are medians; ratios are medians of ratios, not ratios of these"
+        f" medians.{rounds(run.races)} `benches/race.py` has the details,"
         " `benches/representative.py` the cases of `make bench`.",
         "Where torch lacks what fastseq has, it does what one does without: packed sequences of attention are padded,"
         " with a mask; decoding by a Transformer has no cache and computes all tokens anew in each step; beam search"
@@ -350,6 +355,15 @@ def how(run: Run) -> Section:
     if absent:
         text.append(f"Not in this run: {'; '.join(absent)}.")
     return Section("How it was measured", text)
+
+
+def rounds(races: Sequence[Race]) -> str:
+    """How many there were, as a sentence."""
+    counts = [race.rounds for race in races]
+    if not counts:
+        return ""
+    many = f"{min(counts)} to {max(counts)} rounds" if len(set(counts)) > 1 else f"rounds: {counts[0]}"
+    return f" Races have {many} of turns, {median(counts):.0f} in the median; the fewest where a call takes longest."
 
 
 def as_markdown(run: Run, sections: Sequence[Section]) -> str:
@@ -433,9 +447,13 @@ def aligned(table: Table, column: int) -> str:
 
 
 def takes_part(run: Run, peer: str, mode: str) -> bool:
-    """Whether a peer has results in a mode, or would have if it were installed."""
+    """Whether a peer has results in a mode, or would have if it were installed; if it was left out of most cases, what
+    there is says little.
+    """
     able = any(mode in known["modes"] for known in run.machine["peers"] if known["name"] == peer)
     races = [race for race in run.races if race.mode == mode]
+    left_out = sum(race.absent.get(peer) == LEFT_OUT for race in races)
+    able = able and left_out <= sum(peer in race.ratios for race in races)
     return able and (run.mean(races, peer) is not None or run.why_not(races, peer) == "not installed")
 
 

@@ -4,7 +4,8 @@ Machines are shared and drift, so fastseq and the peers that run in torch take t
 the same number of calls in a round. Their order within a round is random: with a fixed one, the time slices
 of other programs can fall into step with the turns and always hit the same one. Peers whose threads go on
 spinning after a call are timed on their own in the middle, between two halves of those turns. A peer's time
-is the median over its rounds; its ratio is that time over fastseq's.
+is the median over its rounds. Its ratio is the median of its times over fastseq's of the same round, or, where it was
+timed alone, over fastseq's median.
 """
 
 import copy
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from peers import FASTSEQ, OUTPUTS, SEED, AbsentError, Job, Peer, exact, served_by
-from roofline import Roofline
+from roofline import Roofline, Traffic
 
 import fastseq
 from fastseq.bench import GRADIENT_RTOL, LEAST_SHARE, Contestant, Effort, assert_close, clock, largest, warm_up
@@ -33,18 +34,37 @@ SETTLE_S = 0.05
 # Between root mean squares of two draws of so many elements; of fewer, they are further apart.
 RANDOM_RTOL, RANDOM_COUNT = 0.02, 100_000
 
+
+@dataclass(frozen=True)
+class Brief(Effort):
+    """For the representative cases, so that all of them take some fifteen minutes: quartiles of five rounds say little,
+    but where a round is long there are no more.
+    """
+
+    seconds: float = 0.4
+    least_rounds: int = 9
+    least_long_rounds: int = 5
+    long_round_s: float = 1.2
+
+    def plan(self, contestants: Sequence[Contestant]) -> tuple[int, int]:
+        long = sum(contestant.seconds for contestant in contestants) > self.long_round_s
+        least = self.least_long_rounds if long else self.least_rounds
+        return Effort(self.seconds, least, self.most_rounds).plan(contestants)
+
+
 FULL = Effort(seconds=1.5, least_rounds=5, most_rounds=300)
+BRIEF = Brief()
 SMOKE = Effort(seconds=0, least_rounds=1, most_rounds=1)
-# Of the representative cases, so that all of them take ten minutes.
-BRIEF = Effort(seconds=0.4, least_rounds=5, most_rounds=300)
 
 
 @dataclass
 class Outcome:
-    """What a race found: median seconds a call by name, why others were absent, and the floor in seconds.
+    """What a race found: median seconds a call by name, why others were absent, and the floor in seconds, once the
+    machine's rates are known.
 
-    `quartiles` are the first and the third of each peer's ratios: of the two times of a turn, or, of a peer that was
-    timed alone, of its times over fastseq's median.
+    Each peer's time over fastseq's is above 1 where fastseq is faster: `ratios` are medians, `quartiles` the first and
+    the third, of the ratios of a round's two times, or, of a peer that was timed alone, of its times over fastseq's
+    median.
     """
 
     op: str
@@ -52,17 +72,21 @@ class Outcome:
     case: str
     served_by: str
     flops: int
-    bytes: int
-    floor: float | None
+    traffic: Sequence[Traffic]
+    floor: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
     quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
     @property
-    def ratios(self) -> dict[str, float]:
-        """Each peer's time over fastseq's: above 1, fastseq is faster."""
-        ours = self.seconds[FASTSEQ.name]
-        return {name: theirs / ours for name, theirs in self.seconds.items() if name != FASTSEQ.name}
+    def bytes(self) -> int:
+        return sum(traffic.bytes for traffic in self.traffic)
+
+    def limit(self, roofline: Roofline) -> None:
+        """Sets the floor; without FLOPs and traffic there is none."""
+        if self.flops or self.traffic:
+            self.floor = roofline.floor(self.flops, self.traffic)
 
     @property
     def roofline_fraction(self) -> float | None:
@@ -77,7 +101,6 @@ def race(
     peers: Sequence[Peer],
     threads: int,
     effort: Effort,
-    roofline: Roofline | None,
 ) -> Outcome | None:
     """Races fastseq against its peers on a case.
 
@@ -87,12 +110,10 @@ def race(
         op: what the case is filed under.
         mode: one of MODES.
         case: has `task(training)`, `flops(training)`, `traffic(training)` and a name; it may have `ours(training)`,
-            `plain(training)`, `onnx_model()` and `random` for a job's parts of these names. Without FLOPs and traffic
-            there is no floor.
+            `plain(training)`, `onnx_model()` and `random` for a job's parts of these names.
         peers: those to race against.
         threads: the threads that everyone gets.
         effort: how much to run.
-        roofline: the machine's rates, if they are known.
 
     Returns:
         The outcome, or None if pytest-benchmark is told not to time anything.
@@ -102,10 +123,8 @@ def race(
     """
     training = mode == "training"
     job = job_of(case, training, threads)
-    flops, traffic = case.flops(training), case.traffic(training)
-    floor = roofline.floor(flops, traffic) if roofline and (flops or traffic) else None
     served = ", ".join(sorted(served_by(job.ours.layer)))
-    outcome = Outcome(op, mode, str(case), served, flops, sum(t.bytes for t in traffic), floor)
+    outcome = Outcome(op, mode, str(case), served, case.flops(training), case.traffic(training))
     with torch.set_grad_enabled(training):
         expected = exact(job)
         ours = enter(FASTSEQ, job, expected)
@@ -142,14 +161,16 @@ def race(
     own = benchmark.stats.stats.data
     for name, rounds_of in times.items():
         beside = own if name in others else [outcome.seconds[FASTSEQ.name]] * len(rounds_of)
-        outcome.quartiles[name] = quartiles([theirs / ours for theirs, ours in zip(rounds_of, beside, strict=True)])
+        ratios = [theirs / ours for theirs, ours in zip(rounds_of, beside, strict=True)]
+        low, outcome.ratios[name], high = quartiles(ratios)
+        outcome.quartiles[name] = (low, high)
     return outcome
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third; of a single value, that value."""
-    first, _, third = quantiles(values, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    return first, third
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first, the median and the third; of a single value, that value."""
+    low, middle, high = quantiles(values, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return low, middle, high
 
 
 def job_of(case: Any, training: bool, threads: int) -> Job:

@@ -10,6 +10,7 @@ from typing import Any
 OURS = "fastseq"
 MODES = ("inference", "training")
 NOTHING = "-"  # for a peer that has no part in a case
+LEFT_OUT = "only in make bench-full"  # for one that could race, and would take too long
 
 # In the report's order, with the names that the benches file their races under; others follow by their own names.
 FAMILIES = {
@@ -38,6 +39,8 @@ TITLES = {
     "numba": "fastseq's numba",
     "plain": "fastseq, plain",
 }
+# What a run was measured on.
+MACHINE = ("cpu", "instruction_set", "threads", "commit", "versions", "run", "roofline", "peers")
 
 
 class UnreadableError(Exception):
@@ -46,7 +49,9 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Race:
-    """One case in one mode; times are medians in seconds, ratios a peer's time over fastseq's."""
+    """One case in one mode; times are medians in seconds, ratios the median of a peer's over fastseq's. Peers that are
+    timed alone have other numbers of rounds.
+    """
 
     op: str
     mode: str
@@ -60,6 +65,7 @@ class Race:
     flops: int
     bytes: int
     roofline_fraction: float | None
+    rounds: int
     series: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -156,17 +162,22 @@ def load(path: Path) -> Run:
         raise UnreadableError(f"{path}: {error.strerror}; make bench writes it") from None
     except ValueError as error:
         raise UnreadableError(f"{path} is not JSON: {error}") from None
-    machine = content.get("machine_info", {}).get("fastseq") if isinstance(content, dict) else None
-    if machine is None:
-        raise UnreadableError(f"{path} is not of fastseq's benches: it lacks machine_info.fastseq")
-    races: list[Race] = []
-    series: dict[str, list[Race]] = {}
-    first_calls = []
-    for benchmark in content["benchmarks"]:
-        info = benchmark["extra_info"]
-        kind = info.get("series", {}).get("kind")
-        if kind == "first call":
-            first_calls.append(info["series"])
-        elif "op" in info:
-            (series.setdefault(kind, []) if kind else races).append(Race(**info))
-    return Run(races, series, first_calls, machine, content.get("datetime", "")[:10])
+    content = content if isinstance(content, dict) else {}
+    machine = content.get("fastseq") or content.get("machine_info", {}).get("fastseq")  # in older runs
+    if not isinstance(machine, dict):
+        raise UnreadableError(f"{path} is not of fastseq's benches: it lacks fastseq")
+    if missing := [name for name in MACHINE if name not in machine]:
+        raise UnreadableError(f"{path} is of other benches than these: its fastseq lacks {', '.join(missing)}")
+    run = Run([], {}, [], machine, content.get("datetime", "")[:10])
+    try:
+        for benchmark in content["benchmarks"]:
+            info = benchmark["extra_info"]
+            kind = info.get("series", {}).get("kind")
+            if kind == "first call":
+                run.first_calls.append(info["series"])
+            elif "op" in info:
+                of_its_kind = run.series.setdefault(kind, []) if kind else run.races
+                of_its_kind.append(Race(**info, rounds=benchmark["stats"]["rounds"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UnreadableError(f"{path} is of other benches than these: {type(error).__name__}: {error}") from None
+    return run

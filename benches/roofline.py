@@ -1,4 +1,5 @@
-"""The roofline: the least time that a case can take on this machine, from rates measured in the same run.
+"""The roofline: the least time that a case can take on this machine, from rates measured in the same run,
+at its start and at its end, since a machine may be busy at one of them.
 
 A case states its FLOPs and its memory traffic. The floor is the larger of FLOPs / FMA peak and the sum over
 the traffic of bytes / read bandwidth. The bandwidth is that of the fastest level of the memory hierarchy that
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -51,6 +52,11 @@ class Roofline:
         # A level measured slower than one behind it, as on a busy machine, must not raise the floor.
         levels = [level for level in self.gb_per_s if footprint <= self.capacity.get(level, footprint)]
         return max(self.gb_per_s[level] for level in levels)
+
+    def best_of(self, other: "Roofline") -> "Roofline":
+        """With the larger of each of two measurements' rates."""
+        rates = {level: max(rate, other.gb_per_s[level]) for level, rate in self.gb_per_s.items()}
+        return replace(self, gflops=max(self.gflops, other.gflops), gb_per_s=rates)
 
     def __str__(self) -> str:
         reads = ", ".join(f"{level} {rate:.0f}" for level, rate in self.gb_per_s.items())

@@ -259,7 +259,7 @@ class DecodeCase:
             pad_token_id=self.vocabulary - 1,
             decoder_start_token_id=self.vocabulary - 1,
             eos_token_id=0,
-            attn_implementation="eager",
+            attn_implementation="sdpa",
         )
         torch.manual_seed(0)
         model = MarianMTModel(config).eval()

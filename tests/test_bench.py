@@ -329,6 +329,18 @@ def test_the_verdict() -> None:
     )
 
 
+def test_the_verdict_where_torch_does_it_all() -> None:
+    """Whatever the clock says."""
+    served = result_of("model", "inference", [4.0] * 5, [1.0] * 5)
+    left = replace(result_of("model", "training", [1.01] * 5, [1.0] * 5), served_by="torch")
+    none = "none of fastseq's kernels is called in training"
+    place = f"torch {torch.__version__} on {bench.machine()}, 1 thread"
+    assert Report([left], 1, "cpu").verdict == f"{none}: all is left to {place}"
+    assert Report([served, left], 1, "cpu").verdict == (
+        f"fastseq is 4.00x as fast in inference (quartiles 4.00 to 4.00) as {place}; {none}"
+    )
+
+
 def test_a_busy_machine_shows() -> None:
     uneven = result_of("LSTM", "inference", [1.0, 2.0, 3.0, 4.0], [1.0] * 4)
     assert any("quartiles are far apart" in note for note in Report([uneven], 1, "cpu").notes)

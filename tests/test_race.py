@@ -19,6 +19,7 @@ from bench_models import TRANSFORMER, lm, seq2seq
 from models import ModelCase, SearchCase
 from peers import FASTSEQ, Job, Peer, exact
 from race import Contestant, Outcome, enter, job_of, noting_absence
+from roofline import Roofline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,14 +96,48 @@ def test_a_model_of_lstms_has_their_flops() -> None:
     assert (lstm, gru) == (rows * (4 * 2 * 16 * 16 + output), rows * (3 * 2 * 16 * 16 + output))
 
 
+def test_ratios_are_medians_of_those_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that gets slower; that of the medians would be 2, which is outside of the quartiles."""
+    ours, theirs, alone = [1.0, 2.0, 3.0, 4.0, 9.0], [3.0, 6.0, 1.0, 12.0, 27.0], [12.0, 3.0, 6.0]
+    stats = SimpleNamespace(stats=SimpleNamespace(median=3.0, data=ours))
+
+    def pedantic(call: Any, rounds: int, iterations: int, teardown: Any) -> None:
+        for _ in range(rounds):
+            teardown()
+
+    others = [Peer("beside", peers.torch_call), Peer("alone", peers.torch_call, alone=True)]
+    monkeypatch.setattr(race, "clock", lambda call, loops: theirs.pop(0))
+    monkeypatch.setattr(race, "time_alone", lambda *_: alone)
+    effort = SimpleNamespace(plan=lambda contestants: (5, 1))
+    timed = SimpleNamespace(pedantic=pedantic, stats=stats)
+    outcome = race.race(timed, "op", "inference", AttentionCase(1, 8), others, 1, effort)  # type: ignore[arg-type]
+    assert outcome and outcome.seconds == {"fastseq": 3.0, "beside": 6.0, "alone": 6.0}
+    assert outcome.ratios == {"beside": 3.0, "alone": 2.0}
+    assert outcome.quartiles == {"beside": (3.0, 3.0), "alone": (1.5, 3.0)}
+
+
+def test_long_rounds_are_fewer() -> None:
+    """Of brief races; of short ones there are as many as fit."""
+    for seconds, rounds in ((0.01, 40), (0.1, 9), (0.5, 9), (1.0, 5)):
+        assert race.BRIEF.plan([Contestant(tuple, seconds)] * 2)[0] == rounds
+
+
 def test_generation_has_no_limit() -> None:
     pedantic = SimpleNamespace(stats=SimpleNamespace(stats=SimpleNamespace(median=1.0, data=[1.0])))
     pedantic.pedantic = lambda call, rounds, iterations, teardown: teardown()
     effort = SimpleNamespace(plan=lambda contestants: (1, 1))
     for case, limited in ((GREEDY, False), (AttentionCase(1, 8), True)):
         roofline = SimpleNamespace(floor=lambda flops, traffic: 0.5)
-        outcome = race.race(pedantic, "op", "inference", case, [], 1, effort, roofline)  # type: ignore[arg-type]
-        assert outcome and outcome.roofline_fraction == (0.5 if limited else None)
+        outcome = race.race(pedantic, "op", "inference", case, [], 1, effort)  # type: ignore[arg-type]
+        assert outcome and outcome.roofline_fraction is None
+        outcome.limit(roofline)  # type: ignore[arg-type]
+        assert outcome.roofline_fraction == (0.5 if limited else None)
+
+
+def test_the_larger_of_two_rates_counts() -> None:
+    once = Roofline(100.0, {"L1": 9.0, "DRAM": 2.0}, {"L1": 1})
+    again = Roofline(90.0, {"L1": 8.0, "DRAM": 3.0}, {"L1": 1})
+    assert once.best_of(again) == again.best_of(once) == Roofline(100.0, {"L1": 9.0, "DRAM": 3.0}, {"L1": 1})
 
 
 class Silent(Exception):  # noqa: N818
@@ -114,7 +149,7 @@ def test_reasons_without_words(monkeypatch: pytest.MonkeyPatch) -> None:
         with peers.absent_if_unloaded():
             raise Silent
 
-    outcome = Outcome("op", "inference", "case", "cpp", 0, 0, None)
+    outcome = Outcome("op", "inference", "case", "cpp", 0, [])
     with noting_absence(outcome, peer := Peer("strange", fails)):
         peer.call(job_of(AttentionCase(1, 8), False, 1))
     assert outcome.absent == {"strange": "Silent"}
@@ -124,7 +159,7 @@ def test_reasons_without_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_peer_is_not_installed() -> None:
-    outcome = Outcome("op", "inference", "case", "cpp", 0, 0, None)
+    outcome = Outcome("op", "inference", "case", "cpp", 0, [])
     missing = Peer("missing", peers.torch_call, requires=("no_such_module",))
     with noting_absence(outcome, missing):
         enter(missing, job_of(AttentionCase(1, 8), False, 1), [])

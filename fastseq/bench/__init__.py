@@ -225,12 +225,18 @@ class Report:
         if self.device == "cpu":
             place += f", {self.threads} thread{'s' * (self.threads > 1)}"
         ratios = [result.ratio for result in self.results]
+        without = [result for result in self.results if result.served_by == TORCH]
+        none = f"none of fastseq's kernels is called in {' and '.join(dict.fromkeys(r.mode for r in without))}"
+        if len(without) == len(self.results):
+            return f"{none}: all is left to torch {torch.__version__} {place}"
         if len({result.case for result in self.results}) == 1:
             parts = []
             for result in self.results:
+                if result in without:
+                    continue
                 low, middle, high = result.quartiles
                 parts.append(f"{middle:.2f}x as fast in {result.mode} (quartiles {low:.2f} to {high:.2f})")
-            return f"fastseq is {' and '.join(parts)} as torch {torch.__version__} {place}"
+            return f"fastseq is {' and '.join(parts)} as torch {torch.__version__} {place}{f'; {none}' * bool(without)}"
         worst = min(self.results, key=lambda result: result.ratio)
         return (
             f"fastseq is {geometric_mean(ratios):.2f}x as fast as torch {torch.__version__} in the geometric mean over "
