@@ -15,7 +15,8 @@ namespace fastseq::FASTSEQ_ISA {
 // At B=1 a thread does about 20 multiply-adds a ns. Starting a parallel region costs 3 to 10 us, a barrier 0.2 us.
 constexpr int64_t kWorkPerThread = 192 * 1024, kWorkPerBarrier = 4 * 1024;
 // With fewer rows than this for each thread the weights' way from the L3 cache limits a step: split the units instead.
-constexpr int64_t kRowsPerThread = 8;
+// Where they do not fit into the L2 cache, each unit's weights shall at least be read for many rows.
+constexpr int64_t kRowsPerThread = 8, kRowsOfLargeWeights = 128, kLargeWeightsBytes = 2 * 1024 * 1024;
 // With fewer rows than this in all, packing a weight matrix costs more than it saves.
 constexpr int64_t kUnpackedRows = 8;
 // A single step of so many rows multiplies the weights where they are by its rows, which are packed instead.
@@ -48,9 +49,9 @@ struct Share {
   int64_t begin(int64_t count) const { return share(count, member, members); }
   int64_t end(int64_t count) const { return share(count, member + 1, members); }
 
-  Share(const Side& side, int64_t rows, bool may_split_rows = true)
+  Share(const Side& side, int64_t rows, int64_t least_rows)
       : row(0), row_end(rows), member(side.member()), members(side.count) {
-    if (!may_split_rows || rows < kRowsPerThread * members) return;
+    if (rows < least_rows * members) return;
     row = share(rows, member, members), row_end = share(rows, member + 1, members);
     member = 0, members = 1;
   }
@@ -70,6 +71,14 @@ FASTSEQ_INLINE void to_and_fro(int64_t begin, int64_t end, bool back, const Body
 template <typename T>
 int64_t padded_to_panels(int64_t count) {
   return Columns<T>{count}.panels() * kPanel<T>;
+}
+
+// A stride between rows that are multiplied together. Those that lie a multiple of 2 KB apart share so few sets of the
+// L1 cache that they would evict each other.
+constexpr int64_t kSetsBytes = 2048;
+template <typename T>
+int64_t spread(int64_t width) {
+  return width * int64_t(sizeof(T)) % kSetsBytes ? width : width + kLine<T>;
 }
 
 // Steps and rows of a call. A "rank" is a row's place in the order by falling length, which is where all scratch has
@@ -126,8 +135,13 @@ struct Steps : Call {
     return int(std::max<int64_t>(1, std::min<int64_t>({threads.count, Team::kMost, useful})));
   }
 
+  Share share_of(const Side& side, int64_t rows) const {
+    const bool large = Cell::kGates * H * P * int64_t(sizeof(T)) > kLargeWeightsBytes;
+    return Share(side, rows, large ? kRowsOfLargeWeights : kRowsPerThread);
+  }
+
   // Who waits for whom after every step: all members of a side unless each has rows of its own for the whole sequence.
-  bool in_step(const Side& side) const { return side.count > 1 && (ragged || Share(side, B).splits_units()); }
+  bool in_step(const Side& side) const { return side.count > 1 && (ragged || share_of(side, B).splits_units()); }
 };
 
 template <typename T>
@@ -150,7 +164,8 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   static constexpr int64_t kHiddenSlot = (Cell::kSlots - Cell::kGates) * kUnits;  // the first that W_hh adds to
 
   Columns<T> from_x{H, Cell::kGates, Cell::kFirstGate}, from_h{H, Cell::kGates, 0}, outputs{P};
-  int64_t blocks = (H + kUnits - 1) / kUnits, width = padded_to_panels<T>(P), cell_width = padded_to_panels<T>(H);
+  int64_t blocks = (H + kUnits - 1) / kUnits, width = spread<T>(padded_to_panels<T>(P)),
+          cell_width = spread<T>(padded_to_panels<T>(H));
   bool unpacked;          // weights are read where they are, by a few rows
   bool turned;            // or by the packed rows of a step
   int64_t chunk;          // steps whose input projection is made at once
@@ -159,7 +174,7 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   T* sums;                // [D, blocks, rows of a chunk, kBlock] pre-activations, in the order of time
   T *h, *c;               // [D, 2, B, width], read at even and odd steps, and [D, B, cell_width]
   T* unprojected;         // [D, B, cell_width] h before w_hr
-  T* gathered;            // per member [kMostBlockRows, I]: rows of x that are not evenly spaced
+  T* gathered;            // per member [kMostBlockRows, spread(I)]: rows of x that are not evenly spaced, or badly
   T* turned_rows;         // per member, if `turned`: packed rows of x and of h, and products [kBlock, panel]
 
   explicit ForwardPass(const RecurrentForward<T>& call) : Base(call) {
@@ -177,7 +192,14 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
   int64_t h_elements() const { return in_place() ? 0 : from_h.panels() * kPanel<T> * P; }
   int64_t hr_elements() const { return P == H ? 0 : outputs.panels() * kPanel<T> * H; }
   int64_t turned_elements() const { return turned ? padded_to_panels<T>(B) * (I + P) + kBlock * kPanel<T> : 0; }
-  int64_t gathered_elements() const { return in_place() || evenly_spaced() ? 0 : Arena<T>::padded(kMostBlockRows * I); }
+  int64_t x_stride() const { return this->packed ? I : B == 1 ? this->x_t : this->x_b; }  // if they are evenly spaced
+  // Whether rows of x are multiplied where they are.
+  bool reads_x() const {
+    return evenly_spaced() && (this->most_rows() <= kTileRows || spread<T>(x_stride()) == x_stride());
+  }
+  int64_t gathered_elements() const {
+    return in_place() || reads_x() ? 0 : Arena<T>::padded(kMostBlockRows * spread<T>(I));
+  }
 
   // Lays the scratch out from `start` on; with null it only counts.
   int64_t lay_out(T* start, int members) {
@@ -216,7 +238,8 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
           project(d, s, std::min(T_, s + chunk), side);
           if (ragged) wait();
         }
-        const Share my(side, active(step(d, s)), !turned);
+        const int64_t rows = active(step(d, s));
+        const Share my = turned ? Share(side, rows, kMostTurnedRows + 1) : this->share_of(side, rows);
         if (turned)
           advance_turned(d, side, my);
         else
@@ -304,7 +327,7 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     if (ragged)
       return project_rows(d, earliest, share(all, side.member(), side.count), share(all, side.member() + 1, side.count),
                           0, blocks, side);
-    const Share my(side, B);
+    const Share my = this->share_of(side, B);
     if (my.splits_units() || my.row_end - my.row == B)
       return project_rows(d, earliest, 0, all, my.begin(blocks), my.end(blocks), side);
     for (int64_t t = 0; t < latest - earliest; ++t)
@@ -318,14 +341,13 @@ struct ForwardPass : Steps<Cell, T, RecurrentForward<T>> {
     const int64_t most = block_rows<T>(I), first_row = before_step(earliest);
     for (; row < row_end; row += most) {
       const int64_t count = std::min(most, row_end - row);
-      Left<T> left{nullptr, I};
-      if (evenly_spaced()) {
-        const int64_t stride = this->packed ? I : B == 1 ? this->x_t : this->x_b;
-        left = {this->x + (first_row + row) * stride, stride};
+      Left<T> left{nullptr, spread<T>(I)};
+      if (reads_x()) {
+        left = {this->x + (first_row + row) * x_stride(), x_stride()};
       } else {
         T* to = gathered + side.rank * gathered_elements();
         left.data = to;
-        for (int64_t i = 0; i < count; ++i, to += I) {
+        for (int64_t i = 0; i < count; ++i, to += left.stride) {
           const int64_t at = first_row + row + i, t = ragged ? this->step_of[at] : at / B;
           memcpy(to, this->x_row(t, at - before_step(t)), I * sizeof(T));
         }
@@ -551,9 +573,9 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
   };
 
   // da holds a gradient for every slot; W_ih stands opposite the first kGates*H columns, W_hh opposite the last ones.
-  int64_t G = Cell::kGates * H, da_width = Cell::kSlots * H, hidden_from = (Cell::kSlots - Cell::kGates) * H;
+  int64_t G = Cell::kGates * H, da_width = spread<T>(Cell::kSlots * H), hidden_from = (Cell::kSlots - Cell::kGates) * H;
   Columns<T> hidden{P}, units{H}, input{I};
-  int64_t width = padded_to_panels<T>(P), cell_width = padded_to_panels<T>(H);
+  int64_t width = spread<T>(padded_to_panels<T>(P)), cell_width = spread<T>(padded_to_panels<T>(H));
   bool unpacked, state_wanted;  // weights are read where they are; somebody asks for dh0
   int64_t chunk;                // the most steps of a chunk
   T *w_hh, *w_ih, *w_hr;        // packed for products from the left, per direction
@@ -619,7 +641,8 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
       const Chunk c{(end - 1) / chunk * chunk, end};
       for (int64_t s = c.end - 1; s >= c.begin; --s) {
         const auto each_direction = [&](const auto& stage) {
-          for (int64_t d = side.direction; d < side.direction_end; ++d) stage(d, Share(side, active(step(d, s))));
+          for (int64_t d = side.direction; d < side.direction_end; ++d)
+            stage(d, this->share_of(side, active(step(d, s))));
         };
         if (P != H) {
           each_direction([&](int64_t d, const Share& my) { gather_dh(d, c, s, my); });
@@ -873,7 +896,7 @@ struct BackwardPass : Steps<Cell, T, RecurrentBackward<T>> {
                         [&](int64_t k) { return unprojected + (d * chunk * B + k) * H; }, rows, share(P, rank, members),
                         share(P, rank + 1, members), H, dw.w_hr, add, scratch);
     if (!dw.b_ih && !dw.b_hh) return;
-    const int64_t from = share(da_width, rank, members), to = share(da_width, rank + 1, members);
+    const int64_t from = share(Cell::kSlots * H, rank, members), to = share(Cell::kSlots * H, rank + 1, members);
     T* sums = db + d * da_width;
     for (int64_t k = 0; k < rows; ++k)
       for (int64_t m = from; m < to; ++m) sums[m] += left[k * da_width + m];
