@@ -110,7 +110,7 @@ def test_ratios_are_medians_of_those_of_rounds(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(race, "time_alone", lambda *_: alone)
     effort = SimpleNamespace(plan=lambda contestants: (5, 1))
     timed = SimpleNamespace(pedantic=pedantic, stats=stats)
-    outcome = race.race(timed, "op", "inference", AttentionCase(1, 8), others, 1, effort)  # type: ignore[arg-type]
+    outcome = race.race(timed, "op", "inference", AttentionCase(1, 8), others, 1, effort)
     assert outcome and outcome.seconds == {"fastseq": 3.0, "beside": 6.0, "alone": 6.0}
     assert outcome.ratios == {"beside": 3.0, "alone": 2.0}
     assert outcome.quartiles == {"beside": (3.0, 3.0), "alone": (1.5, 3.0)}
@@ -128,9 +128,9 @@ def test_generation_has_no_limit() -> None:
     effort = SimpleNamespace(plan=lambda contestants: (1, 1))
     for case, limited in ((GREEDY, False), (AttentionCase(1, 8), True)):
         roofline = SimpleNamespace(floor=lambda flops, traffic: 0.5)
-        outcome = race.race(pedantic, "op", "inference", case, [], 1, effort)  # type: ignore[arg-type]
+        outcome = race.race(pedantic, "op", "inference", case, [], 1, effort)
         assert outcome and outcome.roofline_fraction is None
-        outcome.limit(roofline)  # type: ignore[arg-type]
+        outcome.limit(roofline)
         assert outcome.roofline_fraction == (0.5 if limited else None)
 
 
@@ -140,19 +140,19 @@ def test_the_larger_of_two_rates_counts() -> None:
     assert once.best_of(again) == again.best_of(once) == Roofline(100.0, {"L1": 9.0, "DRAM": 3.0}, {"L1": 1})
 
 
-class Silent(Exception):  # noqa: N818
+class SilentError(Exception):
     """Says nothing."""
 
 
 def test_reasons_without_words(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(job: Job) -> Any:
         with peers.absent_if_unloaded():
-            raise Silent
+            raise SilentError
 
     outcome = Outcome("op", "inference", "case", "cpp", 0, [])
     with noting_absence(outcome, peer := Peer("strange", fails)):
         peer.call(job_of(AttentionCase(1, 8), False, 1))
-    assert outcome.absent == {"strange": "Silent"}
+    assert outcome.absent == {"strange": "SilentError"}
     killed = SimpleNamespace(returncode=-9, stdout="", stderr="\n")
     monkeypatch.setattr(first_call.subprocess, "run", lambda *_, **__: killed)
     assert first_call.measure(first_call.CASES[0]) == [{"absent": "ended with -9"}]

@@ -203,13 +203,14 @@ struct Attention : Call {
       const T* data;
       int64_t row, rows, width;
     };
-    Piece pieces[4];
+    static constexpr int kPieces = 4;
+    Piece pieces[kPieces];
     int piece;
     int64_t row, column;  // of the next line
 
     // The lines of so many rows.
     Panel<T> take(int64_t count, const T* otherwise) {
-      for (; piece < 4; ++piece, column = 0) {
+      for (; piece < kPieces; ++piece, column = 0) {
         const Piece& of = pieces[piece];
         if (column < of.width) {
           const Panel<T> lines{of.data + row * of.row + column, of.row};

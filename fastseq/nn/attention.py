@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function
 
 from fastseq.nn.serving import Served, are_sound
 from fastseq.ops.attention import TABLE, Arguments, attention, compute_dtype, wanted_weights
-from fastseq.ops.contract import autocast_dtype, new_seed, why_torch
+from fastseq.ops.contract import as_dtype, autocast_dtype, new_seed, why_torch
 from fastseq.ops.linear import linear
 from fastseq.registry import HALF, Op
 
@@ -157,8 +157,7 @@ class _Call(NamedTuple):
         heads: list[Tensor] = []
         inputs = (query, key, value)[: len(counts)]
         for x, matrix, bias, count in zip(inputs, matrices, _split(weights.bias, counts), counts, strict=True):
-            y = linear(x, matrix, bias)
-            y = y if y.dtype == dtype else y.to(dtype)
+            y = as_dtype(linear(x, matrix, bias), dtype)
             # Not slices, whose gradients would each be as large as y.
             heads += y.view(*x.shape[:-1], count, H, -1).unbind(-3) if count > 1 else [y.view(*x.shape[:-1], H, -1)]
         if weights.k_row is not None or self.add_zero_attn:

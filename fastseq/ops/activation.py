@@ -236,12 +236,7 @@ _FUNCTIONS: list[tuple[Callable, str]] = [
     (F.gelu, "gelu"),
     (F.silu, "silu"),
 ]
-_TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
+_TORCHS = {kind: function for function, kind in _FUNCTIONS} | {"gelu_tanh": partial(F.gelu, approximate="tanh")}
 _MODULES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu"}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastseq.ops.contract import (
     LIBRARY,
+    as_dtype,
     autocast_dtype,
     below_autograd,
     computes_in,
@@ -572,9 +573,9 @@ def scaled_dot_product_attention(
     compute = compute_dtype(query.dtype if exact else wanted, query, key, value, mask)
     single = torch.float32 if compute in HALF else compute
     arguments = Arguments(
-        _as(compute, q),
-        _as(compute, k),
-        _as(compute, v),
+        as_dtype(q, compute),
+        as_dtype(k, compute),
+        as_dtype(v, compute),
         _mask(mask, lead, compute, single),
         key_padding_mask,
         None if alibi_slopes is None else alibi_slopes.detach().to(single),
@@ -589,7 +590,7 @@ def scaled_dot_product_attention(
         bottom_right,
     )
     out, lse, weights = attention(arguments, wanted_weights(return_weights, average_weights))
-    out = _as(wanted, out)
+    out = as_dtype(out, wanted)
     results = [out if len(lead) == 2 else out.reshape(*lead, L, v.shape[3])]
     if return_lse:
         results.append(lse.reshape(*lead, L))
@@ -657,10 +658,6 @@ def _is_sound(query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool, aut
     shape = (*lead, query.shape[-2], key.shape[-2])
     sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
     return mask.dim() <= len(shape) and all(size == 1 or size == whole for size, whole in sizes)
-
-
-def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)  # which takes a while to find out that there is nothing to do
 
 
 def _is_small(query: Any, key: Any, value: Any) -> bool:

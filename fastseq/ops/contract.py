@@ -104,6 +104,11 @@ def is_small(op: str, size: int, least: int, x: Tensor) -> bool:
     return size < least and x.device.type == "cpu" and x.dtype in FLOATS and requested(op) is None
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype. `Tensor.to` takes a while to find out that there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of the module is more than its class's forward: it has hooks, or a forward set on it alone."""
     return "forward" in module.__dict__ or bool(

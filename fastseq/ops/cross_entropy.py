@@ -20,6 +20,7 @@ from fastseq.ops.contract import (
     grads_through,
     implement,
     is_plain,
+    is_small,
     is_transformed,
     needs_graph,
     requested,
@@ -299,7 +300,7 @@ def cross_entropy(
         RuntimeError, ValueError, TypeError: with torch's own message, for what torch's function refuses.
     """
     options: dict[str, Any] = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-    if _is_small(input):
+    if isinstance(input, Tensor) and is_small(TABLE.name, input.numel(), LEAST_LOGITS, input):
         return F.cross_entropy(input, target, weight, size_average, reduce=reduce, reduction=reduction, **options)
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
@@ -325,12 +326,6 @@ def cross_entropy(
         if reduction == "mean":
             loss = loss / _count(arguments)
     return loss.to(input.dtype) if low is None else loss
-
-
-def _is_small(input: Any) -> bool:
-    if not isinstance(input, Tensor) or input.dtype not in FLOATS or input.device.type != "cpu":
-        return False
-    return input.numel() < LEAST_LOGITS and requested(TABLE.name) is None
 
 
 def _count(arguments: Arguments) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastseq.ops.contract import (
     LIBRARY,
+    as_dtype,
     autocast_dtype,
     below_autograd,
     check_dropout,
@@ -395,14 +396,15 @@ def add_norm(
         return x
 
     def rows(t: Tensor) -> Tensor:
-        t = t if t.dtype == compute else t.to(compute)
+        t = as_dtype(t, compute)
         return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
 
-    least = LEAST_WITH_A_GRAPH if needs_graph(x, residual, *columns) else LEAST_ELEMENTS
-    if kind == "layer" and p == 0 and given == compute and is_small(TABLE.name, x.numel(), least, x):
-        total = x if residual is None else x + residual
-        y = F.layer_norm(total, (E,), columns[0], columns[1], float(eps))
-        return (y, total) if return_total else y
+    if kind == "layer" and p == 0 and given == compute:
+        least = LEAST_WITH_A_GRAPH if needs_graph(x, residual, *columns) else LEAST_ELEMENTS
+        if is_small(TABLE.name, x.numel(), least, x):
+            total = x if residual is None else x + residual
+            y = F.layer_norm(total, (E,), columns[0], columns[1], float(eps))
+            return (y, total) if return_total else y
     arguments = Arguments(
         rows(x),
         None if residual is None else rows(residual),
