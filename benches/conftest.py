@@ -163,11 +163,14 @@ def race(request, benchmark, pytestconfig, threads, limited, effort):
     return run
 
 
+# Optional: collecting, which compare.py does, needs no pytest-benchmark.
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     # The clock of the moment differs from run to run, and --benchmark-compare would tell of another machine.
     machine_info["cpu"] = {name: x for name, x in machine_info["cpu"].items() if not name.startswith("hz_actual")}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     rates = config.stash[ROOFLINE]
     output_json["fastseq"] = {
